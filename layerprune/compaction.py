@@ -1,0 +1,207 @@
+"""Compaction: eliminated sections leave the model, and their parameters leave the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from layerprune.cost import Inputs, as_call, evaluating
+from layerprune.gates import Gate
+from layerprune.sections import Section, find_sections
+from layerprune.sections.discovery import adapter_of
+
+_NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
+_KEEPS_SIGN = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Flatten,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)
+_REFUSED_OPTIMIZERS = (torch.optim.LBFGS, torch.optim.SparseAdam)
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer that compaction could not serve.
+
+    Raises:
+        TypeError: for LBFGS and SparseAdam, and for what is no optimizer.
+        ValueError: if the optimizer holds none of the model's parameters.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, _REFUSED_OPTIMIZERS):
+        raise TypeError(
+            f"{type(optimizer).__name__} keeps state that cannot be split by parameter; use SGD, Adam, "
+            "AdamW or another optimizer of torch.optim"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError(
+            "the optimizer holds none of the model's parameters: make it from the parameters of the very "
+            "model that the pruner was given"
+        )
+
+
+def remove_sections(
+    model: nn.Module, sections: Sequence[Section], optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Removes sections from a model and what they leave unused from its optimizer.
+
+    What remains keeps its names, its parameters and their optimizer state; parameter groups are edited
+    in place and keep their number.
+
+    Args:
+        model: the model, changed in place.
+        sections: sections of that model, gated or not.
+        optimizer: the optimizer to shrink along.
+
+    Raises:
+        TypeError: if the optimizer is of a kind that cannot be shrunk.
+        ValueError: if the optimizer holds none of the model's parameters.
+    """
+    if optimizer is not None:
+        check_optimizer(model, optimizer)
+    before = {id(p) for p in model.parameters()}
+    for section in sections:
+        remainder = section.adapter.remainder(
+            section.module, _nonnegative_input(model, section.name)
+        )
+        remainder.train(section.module.training)
+        for parent in list(model.modules()):
+            for key, child in list(parent.named_children()):
+                if child is section.module:
+                    setattr(parent, key, remainder)
+    if optimizer is not None:
+        gone = before - {id(p) for p in model.parameters()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in gone:
+                    optimizer.state.pop(parameter, None)
+            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+
+
+def eliminate_sections(
+    model: nn.Module, names: Iterable[str], example_inputs: Inputs
+) -> nn.Module:
+    """Gives a dense model the structure of a pruned one: how a checkpoint is rebuilt.
+
+    Args:
+        model: a dense model, changed in place.
+        names: names of the sections to remove.
+        example_inputs: what the model is called with.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if a name is no section of the model.
+    """
+    found = {section.name: section for section in find_sections(model, example_inputs)}
+    remove_sections(model, [_named(found, name) for name in names])
+    return model
+
+
+def gated_dense(
+    dense: nn.Module, compacted: nn.Module, eliminated: Iterable[str], example_inputs: Inputs
+) -> nn.Module:
+    """The dense model with the compacted one's weights and the eliminated sections' gates at 0.
+
+    Args:
+        dense: a dense model of the same builder, changed in place.
+        compacted: the compacted model.
+        eliminated: names of the sections that it lacks.
+        example_inputs: what the models are called with.
+
+    Returns:
+        ``dense``, gated: what `verify` compares the compacted model with.
+
+    Raises:
+        ValueError: if a name is no section, or the two models differ in more than these sections.
+    """
+    sections = {section.name: section for section in find_sections(dense, example_inputs)}
+    allowed = set()
+    for name in eliminated:
+        section = _named(sections, name)
+        kept = tuple(f"{name}.{child}." for child in section.adapter.kept(section.module))
+        keys = (f"{name}.{key}" for key in section.module.state_dict())
+        allowed.update(key for key in keys if not (kept and key.startswith(kept)))
+        gate = Gate(name)
+        gate.is_open = False
+        section.adapter.attach(section.module, gate)
+    missing, unexpected = dense.load_state_dict(compacted.state_dict(), strict=False)
+    if unexpected or set(missing) - allowed:
+        raise ValueError(
+            "the compacted model differs from the dense one in more than its eliminated sections: "
+            f"missing {sorted(set(missing) - allowed)[:3]}, unexpected {sorted(unexpected)[:3]}"
+        )
+    return dense
+
+
+@torch.no_grad()
+def verify(gated: nn.Module, compacted: nn.Module, batches: Iterable[Inputs]) -> float:
+    """Largest absolute difference between two models' outputs in evaluation mode.
+
+    Args:
+        gated: a model whose gates are at 0 or 1.
+        compacted: the model without the sections whose gates are at 0.
+        batches: inputs to compare on.
+
+    Returns:
+        The difference; 0.0 means equal bit for bit (up to the sign of zero).
+
+    Raises:
+        ValueError: without any batch, or if the outputs differ in number or shape.
+    """
+    worst, compared = 0.0, False
+    with evaluating(gated), evaluating(compacted):
+        for inputs in batches:
+            args, kwargs = as_call(inputs)
+            left, right = tree_leaves(gated(*args, **kwargs)), tree_leaves(compacted(*args, **kwargs))
+            left = [leaf for leaf in left if isinstance(leaf, Tensor)]
+            right = [leaf for leaf in right if isinstance(leaf, Tensor)]
+            if [leaf.shape for leaf in left] != [leaf.shape for leaf in right]:
+                raise ValueError("the two models return outputs of different shapes")
+            for a, b in zip(left, right, strict=True):
+                compared = True
+                if a.numel() and not torch.equal(a, b):
+                    worst = max(worst, float((a.double() - b.double()).abs().nan_to_num(torch.inf).max()))
+    if not compared:
+        raise ValueError("batches is empty: give at least one batch of inputs")
+    return worst
+
+
+def _named(sections: dict[str, Section], name: str) -> Section:
+    if name not in sections:
+        raise ValueError(f"{name!r} is no section of this model; it has {sorted(sections)}")
+    return sections[name]
+
+
+def _nonnegative_input(model: nn.Module, name: str) -> bool:
+    """Whether what comes before a module in its `Sequential` puts out no negative value."""
+    path, _, key = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if type(parent) is not nn.Sequential:
+        return False
+    keys = list(parent._modules)
+    before = keys.index(key)
+    while before > 0:
+        before -= 1
+        module = parent[before]
+        if type(module) not in _KEEPS_SIGN:
+            return _nonnegative_output(module)
+    return bool(path) and _nonnegative_input(model, path)
+
+
+def _nonnegative_output(module: nn.Module) -> bool:
+    if type(module) is nn.Sequential:
+        last = [child for child in module if type(child) not in _KEEPS_SIGN]
+        return bool(last) and _nonnegative_output(last[-1])
+    adapter = adapter_of(module)
+    return type(module) in _NEVER_NEGATIVE or (adapter is not None and adapter.nonnegative(module))

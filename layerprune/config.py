@@ -1,0 +1,124 @@
+"""The pruner's settings, and the phases that follow from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["warm-up", "learning", "cool-down"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """How sections are judged. Shares are of ``total_steps``.
+
+    Attributes:
+        theta_init: keep probability of every section at the start.
+        warm_up: share in which gates are drawn but theta is held.
+        learning_end: share at which learning ends; a deterministic network trains from there on.
+        horizon: share in which theta of a useless section falls from 1 to 0.
+        noise_factor: bound c on the random walk's share of that way (4: a half; 16: a quarter).
+        max_descending: how many sections may fall at one time; ``None`` for all.
+        estimator: ``"path"``, or ``"taylor"``, the biased classical baseline.
+        probe_budget: expected probes per row over all sections.
+        confidence: width, in standard errors, of the bound below which a held section may rise.
+        rule: ``"test"``, the sequential paired test, or ``"attraction"``, small theta and small weights.
+        tolerance: theta counts as 0 or 1 within this; bound of the attraction rule.
+        level: probability that a run eliminates any section that pays.
+        looks: looks of a test, at 2, 4, 8, ... batches.
+        min_rows: rows on which a living branch runs at the least.
+        row_multiple: multiple to which the number of running rows is padded.
+        scheme: how gates are drawn, ``"systematic"`` or ``"independent"``.
+    """
+
+    theta_init: float = 0.5
+    warm_up: float = 0.03
+    learning_end: float = 0.4
+    horizon: float = 0.04
+    noise_factor: float = 4.0
+    max_descending: int | None = 4
+    estimator: Literal["path", "taylor"] = "path"
+    probe_budget: float = 0.5
+    confidence: float = 1.0
+    rule: Literal["test", "attraction"] = "test"
+    tolerance: float = 0.02
+    level: float = 0.05
+    looks: int = 5
+    min_rows: int = 4
+    row_multiple: int = 1
+    scheme: Literal["systematic", "independent"] = "systematic"
+
+    def __post_init__(self) -> None:
+        unit = ("theta_init", "warm_up", "learning_end", "horizon", "tolerance", "level")
+        for name in unit:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not self.warm_up < self.learning_end:
+            raise ValueError(
+                f"warm_up ({self.warm_up}) must end before learning_end ({self.learning_end})"
+            )
+        if self.noise_factor < 0 or self.confidence < 0 or not 0 < self.probe_budget <= 1:
+            raise ValueError(
+                "noise_factor and confidence must be >= 0 and probe_budget in (0, 1], got "
+                f"{self.noise_factor}, {self.confidence} and {self.probe_budget}"
+            )
+        if self.max_descending is not None and self.max_descending < 1:
+            raise ValueError(f"max_descending must be at least 1 or None, got {self.max_descending}")
+        if self.looks < 1 or self.min_rows < 1 or self.row_multiple < 1:
+            raise ValueError(
+                "looks, min_rows and row_multiple must be at least 1, got "
+                f"{self.looks}, {self.min_rows} and {self.row_multiple}"
+            )
+        choices = {
+            "estimator": ("path", "taylor"),
+            "rule": ("test", "attraction"),
+            "scheme": ("systematic", "independent"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases in steps.
+
+    Attributes:
+        total_steps: steps of the whole run.
+        warm_up_end: first step of learning.
+        learning_end: first step of cool-down.
+        horizon: steps in which theta of a useless section falls from 1 to 0.
+    """
+
+    total_steps: int
+    warm_up_end: int
+    learning_end: int
+    horizon: int
+
+    @classmethod
+    def from_config(cls, config: PruneConfig, total_steps: int) -> Schedule:
+        """Rounds the shares to steps.
+
+        Raises:
+            ValueError: if there are too few steps for the phases.
+        """
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int):
+            raise ValueError(
+                f"total_steps must be the number of training steps as an int, got {total_steps!r}"
+            )
+        warm_up_end = math.ceil(config.warm_up * total_steps)
+        learning_end = math.floor(config.learning_end * total_steps)
+        if learning_end - warm_up_end < 2 or total_steps - learning_end < 2:
+            raise ValueError(
+                f"total_steps = {total_steps} leaves fewer than 2 steps to learning or cool-down: train "
+                "longer, or change warm_up and learning_end"
+            )
+        horizon = max(1, round(config.horizon * total_steps))
+        return cls(total_steps, warm_up_end, learning_end, horizon)
+
+    def phase(self, step: int) -> Phase:
+        """The phase that a step (from 0) belongs to."""
+        if step < self.warm_up_end:
+            return "warm-up"
+        return "learning" if step < self.learning_end else "cool-down"

@@ -1,0 +1,92 @@
+"""What a model costs: FLOPs per module, counted on the meta device without computing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+Inputs = Tensor | Sequence | Mapping
+
+
+def as_call(inputs: Inputs) -> tuple[tuple, dict]:
+    """Turns example inputs (a tensor, a sequence or a mapping) into positional and keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, (list, tuple)) else ((inputs,), {})
+
+
+def batch_size_of(inputs: object) -> int:
+    """First dimension of the first tensor among ``inputs``.
+
+    Raises:
+        ValueError: if there is no tensor with a dimension.
+    """
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    raise ValueError("example_inputs holds no tensor with a batch dimension; give the model's inputs")
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Puts every module into eval mode and restores each one's own flag afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None = None) -> object:
+    """The model's output on the meta device, in eval mode: shapes without arithmetic.
+
+    Args:
+        model: left as it is.
+        inputs: example inputs; tensors whose first dimension is the batch are resized.
+        batch_size: rows to pretend; ``None`` for as many as the example has.
+
+    Returns:
+        Whatever the model returns, on the meta device.
+    """
+    rows = batch_size_of(inputs)
+
+    def to_meta(leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        shape = list(leaf.shape)
+        if shape and shape[0] == rows and batch_size is not None:
+            shape[0] = batch_size
+        return torch.empty(shape, dtype=leaf.dtype, device="meta")
+
+    state = {name: p.detach().to("meta") for name, p in model.named_parameters()}
+    state |= {name: b.to("meta") for name, b in model.named_buffers()}
+    args, kwargs = as_call(tree_map(to_meta, inputs))
+    with torch.no_grad(), evaluating(model):
+        return functional_call(model, state, args, kwargs)
+
+
+def forward_flops(model: nn.Module, inputs: Inputs) -> dict[str, float]:
+    """Floating-point operations of one row's forward, by module name ("" is the whole model).
+
+    Counted by `torch.utils.flop_counter` (a multiplication and an addition are two operations).
+    """
+    rows = batch_size_of(inputs)
+    with FlopCounterMode(display=False) as counter:
+        dry_run(model, inputs)
+    root = type(model).__name__
+    counts = {}
+    for name, by_operation in counter.get_flop_counts().items():
+        total = sum(by_operation.values()) / rows
+        if name in ("Global", root):
+            counts[""] = max(total, counts.get("", 0.0))
+        elif name.startswith(f"{root}."):
+            counts[name.removeprefix(f"{root}.")] = total
+    return counts

@@ -1,0 +1,211 @@
+"""Gates: what a section sees in one forward, and the bank that draws them all at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerprune import ops
+from layerprune.config import PruneConfig
+
+THETA_LAG = 2
+"""Steps by which a draw's theta lags the newest one.
+
+Rows are chosen on the host before a branch is launched; a fixed lag lets an accelerator copy theta
+back without a stall, and is the same on every device so that runs agree.
+"""
+
+
+@dataclass(frozen=True)
+class SectionDraw:
+    """One section's gates for one batch.
+
+    Attributes:
+        gate: float32 ``[B]``; a leaf that requires grad when the section is probed.
+        slot: int32 ``[B]``, a row's place in the branch's input, or -1.
+        rows: int64 ``[K]``, the rows on which the branch runs, ascending.
+        probes: int64 ``[P]``, the rows whose gate gradient is wanted, ascending.
+    """
+
+    gate: Tensor
+    slot: Tensor
+    rows: Tensor
+    probes: Tensor
+
+
+class Gate:
+    """The gate of one section.
+
+    ``training`` forwards use ``draw`` (``None``: the gate is open); others use ``is_open``. A copy or a
+    pickle of a gate is open and knows nothing of the pruner: a copied model is a plain one.
+    """
+
+    __slots__ = ("draw", "is_open", "name")
+
+    def __init__(self, name: str = "section") -> None:
+        self.name = name
+        self.draw: SectionDraw | None = None
+        self.is_open = True
+
+    def __deepcopy__(self, memo: dict) -> Gate:
+        return Gate(self.name)
+
+    def __reduce__(self) -> tuple:
+        return Gate, (self.name,)
+
+    def current(self, training: bool, batch_size: int) -> SectionDraw | bool:
+        """The draw to apply, or True for an open and False for a closed gate.
+
+        Raises:
+            RuntimeError: if the draw was made for another batch size.
+        """
+        draw = self.draw
+        if not training or draw is None:
+            return self.is_open
+        if draw.gate.shape[0] != batch_size:
+            raise RuntimeError(
+                f"section {self.name!r} got {batch_size} rows but the gates were drawn for "
+                f"{draw.gate.shape[0]}: its input's first dimension is not the model's batch dimension, "
+                "or it was called outside the model's forward. Pass it in `ignored`."
+            )
+        return draw
+
+
+class GateBank:
+    """The gates of all sections: theta, the random stream, the draws waiting for their gradients.
+
+    Args:
+        names: a name for each section.
+        config: how gates are drawn and probed.
+        seed: key of the Philox stream.
+    """
+
+    def __init__(self, names: list[str], config: PruneConfig, seed: int) -> None:
+        self.gates = [Gate(name) for name in names]
+        self.config = config
+        self.theta = torch.full((len(names),), float(config.theta_init))
+        self.probe_rate = torch.zeros(len(names))
+        self.seed = seed
+        self.draw_number = 0
+        self._lagged: deque[Tensor] = deque(
+            [self.theta.clone() for _ in range(THETA_LAG)], maxlen=THETA_LAG
+        )
+        self._pending: list[list[tuple[int, Tensor, Tensor]]] = []
+
+    def draw(
+        self,
+        batch_size: int,
+        *,
+        skip: frozenset[int] = frozenset(),
+        forced: dict[int, float] | None = None,
+        record: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> ops.GateDraw:
+        """Draws every section's gates for one batch and hands them to the gates.
+
+        Args:
+            batch_size: rows of the batch.
+            skip: sections that are not gated any more (settled or eliminated).
+            forced: theta to use, without probes, for some sections.
+            record: whether gate gradients of this draw are evidence.
+            device: where the branches run.
+        """
+        theta, probe_rate = self._lagged[0], self.probe_rate
+        if forced:
+            theta, probe_rate = theta.clone(), probe_rate.clone()
+            for index, value in forced.items():
+                theta[index] = value
+                probe_rate[index] = 0.0
+        state = torch.tensor([self.seed, self.draw_number, 0])
+        drawn = ops.sample_gates(
+            theta,
+            batch_size,
+            state,
+            probe_rate,
+            min_rows=self.config.min_rows,
+            row_multiple=self.config.row_multiple,
+            scheme=self.config.scheme,
+        )
+        self.draw_number += 1
+        everywhere = self.config.estimator == "taylor"
+        gates, slots = drawn.gates.to(device), drawn.slots.to(device)
+        rows, probes = drawn.rows.to(device), drawn.probes.to(device)
+        leaves = []
+        for index, (running, probed) in enumerate(drawn.counts.tolist()):
+            gate = self.gates[index]
+            if index in skip:
+                gate.draw = None
+                continue
+            graded = rows[index, :running] if everywhere else probes[index, :probed]
+            leaf = gates[index].detach()
+            if record and graded.shape[0] and not (forced and index in forced):
+                leaf.requires_grad_()
+                leaves.append((index, leaf, graded))
+            gate.draw = SectionDraw(leaf, slots[index], rows[index, :running], graded)
+        if leaves:
+            self._pending.append(leaves)
+        return drawn
+
+    def open_all(self) -> None:
+        """Takes every draw away: the gates are open in training mode."""
+        for gate in self.gates:
+            gate.draw = None
+
+    def collect(
+        self, rows_factor: Callable[[int], float], scale: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """Gate gradients since the last call.
+
+        Args:
+            rows_factor: what turns dC/dgate of a row into the derivative of the row's own loss, by batch
+                size.
+            scale: divisor of the gradients.
+
+        Returns:
+            ``slope`` float32 ``[L, R]`` and ``counted`` bool ``[L, R]`` over all rows of all draws, or
+            ``None`` without evidence. A missing gradient is no evidence; it is not a zero.
+        """
+        slopes, counts = [], []
+        for leaves in self._pending:
+            batch = leaves[0][1].shape[0]
+            slope = torch.zeros(len(self.gates), batch)
+            counted = torch.zeros(len(self.gates), batch, dtype=torch.bool)
+            for index, leaf, graded in leaves:
+                if leaf.grad is not None:
+                    slope[index] = leaf.grad.cpu()
+                    counted[index, graded.cpu()] = True
+            slopes.append(slope * (rows_factor(batch) / scale))
+            counts.append(counted)
+        self._pending.clear()
+        if not slopes:
+            return None
+        return torch.cat(slopes, 1), torch.cat(counts, 1)
+
+    def advance(self) -> None:
+        """Ends a step: the newest theta enters the lag, and evaluation follows it."""
+        self._lagged.append(self.theta.clone())
+        for gate, value in zip(self.gates, self.theta.tolist(), strict=True):
+            gate.is_open = value >= 0.5
+
+    def state_dict(self) -> dict:
+        """Theta with its pending values, and the place in the random stream."""
+        return {
+            "theta": self.theta.clone(),
+            "lagged": [value.clone() for value in self._lagged],
+            "probe_rate": self.probe_rate.clone(),
+            "seed": self.seed,
+            "draw_number": self.draw_number,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what `state_dict` returned."""
+        self.theta.copy_(state["theta"])
+        self.probe_rate.copy_(state["probe_rate"])
+        self._lagged.extend(value.clone() for value in state["lagged"])
+        self.seed, self.draw_number = state["seed"], state["draw_number"]
+        for gate, value in zip(self.gates, self.theta.tolist(), strict=True):
+            gate.is_open = value >= 0.5

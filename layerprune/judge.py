@@ -1,0 +1,141 @@
+"""The judge: which section is measured next, and what the measurement decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from layerprune.config import PruneConfig
+from layerprune.elimination import SequentialTest, Verdict
+
+Status = Literal["open", "settled", "eliminated"]
+
+ROUNDING_BATCHES = 8
+"""Batches on which an undecided section is rounded when learning is over."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A decision about one section.
+
+    Attributes:
+        step: the training step at whose end it fell.
+        section: the section's name.
+        decision: ``"eliminated"``, ``"settled"``, ``"kept"`` (not eliminated, theta set back),
+            ``"reopened"`` (not settled, or settled no longer), ``"rounded-off"`` or ``"rounded-on"``.
+        by: ``"test"``, ``"rounding"`` or ``"attraction"``.
+        difference: C(on) - C(off) that it rests on; None for the attraction rule.
+        standard_error: of the difference.
+        batches: batches that the difference rests on.
+        penalty: the section's nu; the section pays if the difference is below minus this.
+        theta: keep probability when the decision fell.
+    """
+
+    step: int
+    section: str
+    decision: str
+    by: str
+    difference: float | None
+    standard_error: float | None
+    batches: int
+    penalty: float
+    theta: float
+
+
+class Judge:
+    """Measures one section at a time and decides about it.
+
+    Args:
+        count: sections in the run.
+        config: the pruner's settings.
+        recheck: steps after which a settled section is measured again; doubled each time.
+    """
+
+    def __init__(self, count: int, config: PruneConfig, recheck: int) -> None:
+        self.test = SequentialTest(count, level=config.level, looks=config.looks)
+        self.tolerance = config.tolerance
+        self.reset_theta = max(0.5, config.theta_init)
+        self.recheck = recheck
+        self.current: int | None = None
+        self.turn = [0] * count
+        self.due = [0] * count
+        self.settlings = [0] * count
+
+    def choose(
+        self, step: int, theta: Tensor, status: list[Status], learning: bool
+    ) -> int | None:
+        """The section to measure in this step, or None.
+
+        While learning: those at 0 first, then those at 1, then settled ones that are due. Afterwards
+        every section still open, one at a time.
+        """
+        if self.current is not None:
+            return self.current
+        values = theta.tolist()
+        still_open = [index for index, state in enumerate(status) if state == "open"]
+        if learning:
+            groups = (
+                [i for i in still_open if values[i] <= self.tolerance],
+                [i for i in still_open if values[i] >= 1 - self.tolerance],
+                [i for i, state in enumerate(status) if state == "settled" and self.due[i] <= step],
+            )
+        else:
+            groups = (still_open,)
+        for group in groups:
+            if group:
+                self.current = min(group, key=lambda i: (self.turn[i], values[i], i))
+                self.turn[self.current] += 1
+                return self.current
+        return None
+
+    def verdict(self, penalty: float, learning: bool) -> Verdict | None:
+        """What the measurements of the current section say by now; None to go on measuring."""
+        index = self.current
+        if learning:
+            found = self.test.verdict(index, penalty)
+            if found is not None or self.test.batches(index) == 0:
+                self.current = None
+            return found
+        if self.test.batches(index) < ROUNDING_BATCHES:
+            return None
+        return self.round(penalty)
+
+    def round(self, penalty: float) -> Verdict | None:
+        """The likelier of the two decisions about the current section, significant or not."""
+        evidence = self.test.evidence(self.current)
+        self.test.reset(self.current)
+        self.current = None
+        if evidence is None:
+            return None
+        useless = evidence.difference + penalty > 0
+        return Verdict(useless, evidence.difference, evidence.standard_error, evidence.batches)
+
+    def settle(self, index: int, step: int) -> None:
+        """Notes that a section was confirmed, and when to look at it again: ever more rarely."""
+        self.settlings[index] += 1
+        self.due[index] = step + self.recheck * 2 ** self.settlings[index]
+
+    def begin_rounding(self) -> None:
+        """Starts the measurements of undecided sections afresh."""
+        if self.current is not None:
+            self.test.reset(self.current)
+        self.current = None
+
+    def state_dict(self) -> dict:
+        """The queue and the test's evidence."""
+        return {
+            "test": self.test.state_dict(),
+            "current": self.current,
+            "turn": list(self.turn),
+            "due": list(self.due),
+            "settlings": list(self.settlings),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what `state_dict` returned."""
+        self.test.load_state_dict(state["test"])
+        self.current = state["current"]
+        self.turn, self.due = list(state["turn"]), list(state["due"])
+        self.settlings = list(state["settlings"])

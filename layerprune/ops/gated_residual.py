@@ -1,0 +1,153 @@
+"""Registration of operations 2 and 3: schemas, fakes and autograd over the eager reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerprune.ops import reference
+from layerprune.ops.draw import independent_gates
+from layerprune.ops.schema import register
+
+
+def _fake(
+    x: Tensor, branch: Tensor, gate: Tensor, slot: Tensor | None, gate_grad_rows: Tensor | None,
+    relu: bool, lerp: bool,
+) -> Tensor:
+    return torch.empty_like(x, memory_format=reference.row_format(x))
+
+
+def _forward(
+    x: Tensor, branch: Tensor, gate: Tensor, slot: Tensor | None, gate_grad_rows: Tensor | None,
+    relu: bool, lerp: bool,
+) -> Tensor:
+    return reference.gated_residual(x, branch, gate, slot, relu, lerp)
+
+
+def _kept(
+    x: Tensor, branch: Tensor, slot: Tensor | None, rows: Tensor | None, lerp: bool
+) -> Tensor:
+    """What backward needs of the branch for the gate's gradient, see the reference's ``kept``."""
+    wide = reference.accumulation_dtype(x.dtype)
+    if rows is None:
+        if not lerp:
+            return branch
+        if slot is not None:
+            # The row of x behind every row of the branch; entry 0 takes those without a slot.
+            owner = torch.zeros(branch.shape[0] + 1, dtype=torch.int64, device=x.device)
+            owner.scatter_(0, slot.long() + 1, torch.arange(x.shape[0], device=x.device))
+            x = x.index_select(0, owner[1:])
+        return branch.to(wide) - x.to(wide)
+    if branch.shape[0] == 0:
+        return branch.new_zeros((rows.shape[0], *branch.shape[1:]))
+    # A row without a slot reads row 0 here; backward gives its gate a gradient of 0.
+    positions = rows if slot is None else slot.index_select(0, rows).clamp_(min=0)
+    kept = branch.index_select(0, positions)
+    return kept.to(wide) - x.index_select(0, rows).to(wide) if lerp else kept
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, branch, gate, slot, rows, relu, lerp = inputs
+    kept = _kept(x, branch, slot, rows, lerp) if ctx.needs_input_grad[2] else None
+    ctx.save_for_backward(output if relu else None, gate, slot, kept, rows)
+    ctx.branch_rows, ctx.lerp = branch.shape[0], lerp
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    y, gate, slot, kept, rows = ctx.saved_tensors
+    d_x, d_branch, d_gate = gated_residual_backward(
+        grad, y, gate, slot, kept, rows, ctx.branch_rows, ctx.lerp
+    )
+    return d_x, d_branch, d_gate if kept is not None else None, None, None, None, None
+
+
+def _backward_fake(
+    grad: Tensor, y: Tensor | None, gate: Tensor, slot: Tensor | None, kept: Tensor | None,
+    gate_grad_rows: Tensor | None, branch_rows: int, lerp: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = reference.row_format(grad if y is None else y)
+    d_branch = grad.new_empty((branch_rows, *grad.shape[1:])).to(memory_format=layout)
+    return torch.empty_like(grad, memory_format=layout), d_branch, torch.empty_like(gate)
+
+
+def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "layerprune: the gated residual sum has no second derivative; differentiate it once,"
+        " without create_graph=True"
+    )
+
+
+gated_residual = register(
+    "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? slot, Tensor? gate_grad_rows,"
+    " bool relu, bool lerp) -> Tensor",
+    _forward, _fake, _backward, _setup_context,
+)
+
+gated_residual_backward = register(
+    "gated_residual_backward(Tensor grad, Tensor? y, Tensor gate, Tensor? slot, Tensor? kept,"
+    " Tensor? gate_grad_rows, SymInt branch_rows, bool lerp) -> (Tensor, Tensor, Tensor)",
+    reference.gated_residual_backward, _backward_fake, _refuse_double_backward,
+)
+
+
+def _sampled_forward(
+    x: Tensor, branch: Tensor, theta: Tensor, rng_state: Tensor, section: int, relu: bool,
+    lerp: bool,
+) -> tuple[Tensor, Tensor]:
+    gates = independent_gates(theta, x.shape[0], rng_state, section)
+    return reference.gated_residual(x, branch, gates, None, relu, lerp), gates
+
+
+def _sampled_fake(
+    x: Tensor, branch: Tensor, theta: Tensor, rng_state: Tensor, section: int, relu: bool,
+    lerp: bool,
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=reference.row_format(x))
+    return y, theta.new_empty((x.shape[0],))
+
+
+def _sampled_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, theta, rng_state, ctx.section, relu, ctx.lerp = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[0] if relu else None, theta, rng_state)
+
+
+def _sampled_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_x, d_branch = sampled_gated_residual_backward(
+        grad, *ctx.saved_tensors, ctx.section, ctx.lerp
+    )
+    return d_x, d_branch, None, None, None, None, None
+
+
+def _sampled_backward_reference(
+    grad: Tensor, y: Tensor | None, theta: Tensor, rng_state: Tensor, section: int, lerp: bool
+) -> tuple[Tensor, Tensor]:
+    gates = independent_gates(theta, grad.shape[0], rng_state, section)
+    return reference.gated_residual_backward(
+        grad, y, gates, None, None, None, grad.shape[0], lerp
+    )[:2]
+
+
+def _sampled_backward_fake(
+    grad: Tensor, y: Tensor | None, theta: Tensor, rng_state: Tensor, section: int, lerp: bool
+) -> tuple[Tensor, Tensor]:
+    layout = reference.row_format(grad if y is None else y)
+    return (
+        torch.empty_like(grad, memory_format=layout),
+        torch.empty_like(grad, memory_format=layout),
+    )
+
+
+sampled_gated_residual = register(
+    "sampled_gated_residual(Tensor x, Tensor branch, Tensor theta, Tensor rng_state, int section,"
+    " bool relu, bool lerp) -> (Tensor y, Tensor gates)",
+    _sampled_forward, _sampled_fake, _sampled_backward, _sampled_setup_context,
+)
+
+sampled_gated_residual_backward = register(
+    "sampled_gated_residual_backward(Tensor grad, Tensor? y, Tensor theta, Tensor rng_state,"
+    " int section, bool lerp) -> (Tensor, Tensor)",
+    _sampled_backward_reference, _sampled_backward_fake, _refuse_double_backward,
+)

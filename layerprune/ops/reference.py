@@ -1,0 +1,200 @@
+"""Operation 2 in eager PyTorch: the specification of the gated residual sum and its backward.
+
+Both functions touch only the rows whose branch runs. They work on rows flattened in memory order,
+so that channels_last costs no more than contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_format(tensor: Tensor) -> torch.memory_format:
+    """The memory format that results shaped like ``tensor`` take.
+
+    That of ``tensor`` where it is contiguous or channels_last, else contiguous.
+    """
+    if not tensor.is_contiguous():
+        if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def flat_rows(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """``[B, M]``: every row flattened in the order in which ``memory_format`` stores it.
+
+    A view where ``tensor`` has that format, else a copy.
+    """
+    if memory_format is not torch.contiguous_format:
+        tensor = tensor.movedim(1, -1)
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _running(
+    gate: Tensor, slot: Tensor | None, branch_rows: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Which rows read the branch, and where.
+
+    Returns:
+        rows: int64 ``[N]``, ascending, or None for all of them.
+        positions: int ``[N]``, their rows of the branch, or None for 0, 1, ..., K - 1.
+        weights: float32 ``[N]``, their gates, or None where all are exactly 1.
+    """
+    open_gate = gate != 0
+    rows = (open_gate if slot is None else open_gate & (slot >= 0)).nonzero().squeeze(1)
+    positions = rows if slot is None else slot.index_select(0, rows)
+    count = rows.shape[0]
+    if count == branch_rows and torch.equal(
+        positions, torch.arange(count, dtype=positions.dtype, device=positions.device)
+    ):
+        positions = None
+    weights = gate if count == gate.shape[0] else gate.index_select(0, rows)
+    return (
+        None if count == gate.shape[0] else rows,
+        positions,
+        None if bool((weights == 1).all()) else weights,
+    )
+
+
+def _select(flat: Tensor, rows: Tensor | None) -> Tensor:
+    return flat if rows is None else flat.index_select(0, rows)
+
+
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, slot: Tensor | None, relu: bool, lerp: bool
+) -> Tensor:
+    """``y_b = act(x_b + gate_b * branch[slot_b])``, or the linear interpolation with ``lerp``.
+
+    Args:
+        x: ``[B, *S]``, floating point.
+        branch: ``[K, *S]``, dtype of ``x``.
+        gate: float32 ``[B]``.
+        slot: int32 ``[B]``, or None for 0, ..., B - 1.
+        relu: Whether the activation is ReLU.
+        lerp: Interpolate between ``x_b`` and the branch in place of adding.
+
+    Returns:
+        ``[B, *S]`` in the memory format of ``x``.
+    """
+    layout = row_format(x)
+    y = torch.empty_like(x, memory_format=layout)
+    rows, positions, weights = _running(gate, slot, branch.shape[0])
+    inputs, outputs = flat_rows(x, layout), flat_rows(y, layout)
+    values = _select(flat_rows(branch, layout), positions)
+    if weights is None and not lerp:
+        # A plain sum is rounded once in every dtype.
+        if rows is None:
+            torch.add(inputs, values, out=outputs)
+        else:
+            outputs.copy_(inputs).index_add_(0, rows, values)
+    else:
+        wide = accumulation_dtype(x.dtype)
+        start, values = _select(inputs, rows).to(wide), values.to(wide)
+        if weights is None:
+            total = values
+        elif lerp:
+            total = torch.lerp(start, values, weights.to(wide).unsqueeze(1))
+        else:
+            total = torch.addcmul(start, values, weights.to(wide).unsqueeze(1))
+        if rows is None:
+            outputs.copy_(total)
+        else:
+            outputs.copy_(inputs).index_copy_(0, rows, total.to(x.dtype))
+    return y.relu_() if relu else y
+
+
+def gated_residual_backward(
+    grad: Tensor,
+    y: Tensor | None,
+    gate: Tensor,
+    slot: Tensor | None,
+    kept: Tensor | None,
+    gate_grad_rows: Tensor | None,
+    branch_rows: int,
+    lerp: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``gated_residual``; all three are fresh tensors.
+
+    Args:
+        grad: ``[B, *S]``, gradient of ``y``, any strides.
+        y: The forward's result where its activation was ReLU, else None.
+        gate: float32 ``[B]``.
+        slot: int32 ``[B]`` or None.
+        kept: What a gate multiplies: the branch, or with ``lerp`` the branch minus ``x``. For
+            ``gate_grad_rows`` only, ``[P, *S]``, or as the branch lies, ``[K, *S]``, where that
+            is None. None if the gate needs no gradient.
+        gate_grad_rows: int64 ``[P]`` or None for all rows.
+        branch_rows: K.
+        lerp: As in the forward.
+
+    Returns:
+        d_x ``[B, *S]`` and d_branch ``[K, *S]`` in the memory format of ``y`` (of ``grad`` without
+        it), d_gate float32 ``[B]``.
+    """
+    layout = row_format(grad if y is None else y)
+    d_x = torch.empty_like(grad, memory_format=layout)
+    if y is None:
+        d_x.copy_(grad)
+    else:
+        torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=d_x)
+    d_branch = grad.new_empty((branch_rows, *grad.shape[1:])).to(memory_format=layout)
+    d_sum, outputs = flat_rows(d_x, layout), flat_rows(d_branch, layout)
+    d_gate = _gate_gradient(d_sum, gate, slot, kept, gate_grad_rows, layout)
+
+    rows, positions, weights = _running(gate, slot, branch_rows)
+    values = _select(d_sum, rows)
+    if weights is not None:
+        wide = accumulation_dtype(grad.dtype)
+        weights = weights.to(wide).unsqueeze(1)
+        scaled = values.to(wide) * weights
+        if lerp:
+            rest = (values.to(wide) * (1 - weights)).to(grad.dtype)
+    else:
+        scaled = values
+        rest = torch.zeros_like(values) if lerp else None
+    if positions is None:
+        outputs.copy_(scaled)
+    else:
+        outputs.zero_().index_copy_(0, positions.long(), scaled.to(grad.dtype))
+    if lerp:
+        if rows is None:
+            d_sum.copy_(rest)
+        else:
+            d_sum.index_copy_(0, rows, rest)
+    return d_x, d_branch, d_gate
+
+
+def _gate_gradient(
+    d_sum: Tensor,
+    gate: Tensor,
+    slot: Tensor | None,
+    kept: Tensor | None,
+    gate_grad_rows: Tensor | None,
+    layout: torch.memory_format,
+) -> Tensor:
+    """float32 ``[B]``: per row the product of ``d_sum`` and ``kept``, 0 where it is not asked."""
+    d_gate = torch.zeros_like(gate)
+    if kept is None:
+        return d_gate
+    wide = accumulation_dtype(d_sum.dtype)
+    kept = flat_rows(kept, layout).to(wide)
+    if gate_grad_rows is None:
+        if slot is None:
+            return (d_sum.to(wide) * kept).sum(1).float()
+        rows = (slot >= 0).nonzero().squeeze(1)
+        products = d_sum.index_select(0, rows).to(wide) * kept.index_select(
+            0, slot.index_select(0, rows)
+        )
+        return d_gate.index_copy_(0, rows, products.sum(1).float())
+    sums = (d_sum.index_select(0, gate_grad_rows).to(wide) * kept).sum(1).float()
+    if slot is not None:
+        sums = torch.where(slot.index_select(0, gate_grad_rows) >= 0, sums, 0.0)
+    return d_gate.index_copy_(0, gate_grad_rows, sums)

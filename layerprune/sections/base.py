@@ -1,0 +1,116 @@
+"""What the pruner knows of one section, whatever kind it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from layerprune.gates import Gate
+from layerprune.sections.residual import GATE_ATTRIBUTE, GatedResidual
+
+
+class Adapter(Protocol):
+    """How one kind of section is gated, ungated and removed."""
+
+    kind: str
+
+    def attach(self, module: nn.Module, gate: Gate) -> None:
+        """Makes the module draw on ``gate``."""
+
+    def detach(self, module: nn.Module) -> None:
+        """Leaves the module as it was before `attach`."""
+
+    def remainder(self, module: nn.Module, nonnegative_input: bool) -> nn.Module:
+        """What stands in the section's place once its branch is gone."""
+
+    def kept(self, module: nn.Module) -> tuple[str, ...]:
+        """Names of the children that outlive the branch."""
+
+    def nonnegative(self, module: nn.Module) -> bool:
+        """Whether the section's output can hold no negative value."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A residual section of a model.
+
+    Attributes:
+        name: the module's qualified name.
+        module: the module; the model's own object.
+        adapter: how its kind is gated and removed.
+    """
+
+    name: str
+    module: nn.Module
+    adapter: Adapter
+
+    @property
+    def kind(self) -> str:
+        """``"residual"``, ``"twin"`` or ``"opaque"``."""
+        return self.adapter.kind
+
+    def branch_parameters(self) -> list[nn.Parameter]:
+        """The parameters that go when the branch goes."""
+        kept = tuple(f"{name}." for name in self.adapter.kept(self.module))
+        return [
+            parameter
+            for name, parameter in self.module.named_parameters()
+            if not (kept and name.startswith(kept))
+        ]
+
+    def branch_flops(self, flops: dict[str, float]) -> float:
+        """Operations of one row through the branch, from `cost.forward_flops` of the whole model."""
+        kept = sum(flops.get(f"{self.name}.{name}", 0.0) for name in self.adapter.kept(self.module))
+        return flops.get(self.name, 0.0) - kept
+
+
+class ResidualAdapter:
+    """`GatedResidual`: the module gates itself."""
+
+    kind = "residual"
+
+    def attach(self, module: GatedResidual, gate: Gate) -> None:
+        """See `Adapter`."""
+        setattr(module, GATE_ATTRIBUTE, gate)
+
+    def detach(self, module: GatedResidual) -> None:
+        """See `Adapter`."""
+        setattr(module, GATE_ATTRIBUTE, Gate())
+
+    def remainder(self, module: GatedResidual, nonnegative_input: bool) -> nn.Module:
+        """See `Adapter`."""
+        activation = nn.ReLU() if module.activation == "relu" else module.activation
+        return straight_path("shortcut", module.shortcut, "activation", activation, nonnegative_input)
+
+    def kept(self, module: GatedResidual) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("shortcut", "activation")
+
+    def nonnegative(self, module: GatedResidual) -> bool:
+        """See `Adapter`."""
+        return module.activation == "relu" or isinstance(module.activation, nn.ReLU)
+
+
+def straight_path(
+    shortcut_name: str,
+    shortcut: nn.Module | None,
+    activation_name: str,
+    activation: nn.Module | None,
+    nonnegative_input: bool,
+) -> nn.Module:
+    """The shortcut and the activation that must stay, under the names they had.
+
+    A ReLU behind an identity shortcut goes when its input holds no negative value anyway.
+    """
+    if shortcut is None and isinstance(activation, nn.ReLU) and nonnegative_input:
+        activation = None
+    parts = {shortcut_name: shortcut, activation_name: activation}
+    present = {name: module for name, module in parts.items() if module is not None}
+    if not present:
+        return nn.Identity()
+    path = nn.Sequential()
+    for name, module in present.items():
+        path.add_module(name, module)
+    return path

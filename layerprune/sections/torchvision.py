@@ -1,0 +1,81 @@
+"""Gated twins of torchvision's residual blocks.
+
+A twin is a subclass with the gated forward, put in place by swapping the instance's class: names,
+parameters and `state_dict` keys stay as they were.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from layerprune.gates import Gate
+from layerprune.sections.base import straight_path
+from layerprune.sections.residual import GATE_ATTRIBUTE, gated_forward
+
+
+class GatedBasicBlock(BasicBlock):
+    """torchvision's ``BasicBlock`` with a gate on its branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
+        gate = getattr(self, GATE_ATTRIBUTE)
+        return gated_forward(gate, self.training, x, self._branch, self.downsample, "relu")
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(x))
+
+
+class GatedBottleneck(Bottleneck):
+    """torchvision's ``Bottleneck`` with a gate on its branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
+        gate = getattr(self, GATE_ATTRIBUTE)
+        return gated_forward(gate, self.training, x, self._branch, self.downsample, "relu")
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))
+
+
+class BlockAdapter:
+    """Gates a torchvision block by its twin."""
+
+    kind = "twin"
+
+    def __init__(self, original: type[nn.Module], twin: type[nn.Module]) -> None:
+        self.original = original
+        self.twin = twin
+
+    def attach(self, module: nn.Module, gate: Gate) -> None:
+        """See `Adapter`."""
+        module.__class__ = self.twin
+        setattr(module, GATE_ATTRIBUTE, gate)
+
+    def detach(self, module: nn.Module) -> None:
+        """See `Adapter`."""
+        delattr(module, GATE_ATTRIBUTE)
+        module.__class__ = self.original
+
+    def remainder(self, module: nn.Module, nonnegative_input: bool) -> nn.Module:
+        """See `Adapter`."""
+        # Not the block's own ReLU: that one works in place, on what is now the previous block's output.
+        return straight_path("downsample", module.downsample, "relu", nn.ReLU(), nonnegative_input)
+
+    def kept(self, module: nn.Module) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("downsample",)
+
+    def nonnegative(self, module: nn.Module) -> bool:
+        """See `Adapter`."""
+        return True
+
+
+ADAPTERS = {
+    BasicBlock: BlockAdapter(BasicBlock, GatedBasicBlock),
+    Bottleneck: BlockAdapter(Bottleneck, GatedBottleneck),
+}
+"""Adapter of each known block, by its exact class: a subclass may compute something else."""

@@ -1,0 +1,1 @@
+"""The training program: data, loop, checkpoints, records and report of a run."""
