@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ def side_forward(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for buffer, saved in buffers:
-                buffer.copy_(saved)
+                # Through `.data`: a training forward may have saved the buffer for its backward, which
+                # would take the restored value for a change.
+                buffer.data.copy_(saved)
 
 
 @contextmanager
@@ -60,80 +62,103 @@ def measured_difference(model: nn.Module, gate: Gate, loss: Callable[[], Tensor]
     return values[0] - values[1]
 
 
-@dataclass
 class OutputPath:
     """Measures a whole-section difference in one training step, whatever the user's loss is.
 
-    Two forwards of the batch, with the section on and off, give the outputs' straight path
-    ``out(t) = off + t (on - off)``. The training step is given ``out(t_b)`` for row b, t_b stratified on
-    (0, 1); by the fundamental theorem of calculus the row's <dl_b/dout, on - off> has the mean
-    l_b(on) - l_b(off). No row of the other end enters the gradients of the weights.
+    Beside the training forward, which has the section on or off for every row, a second one without
+    gradient gives the outputs at the other end. The training step is handed ``out(t_b)`` for row b on
+    the straight path ``out(t) = off + t (on - off)``, t_b stratified on (0, 1); by the fundamental theorem
+    of calculus the row's <dl_b/dout, on - off> has the mean l_b(on) - l_b(off). The second forward starts
+    at the section: what comes before it is the same in both.
 
-    Attributes:
+    Args:
         index: the section measured.
-        other: outputs of the end that the training forward does not compute, flattened.
-        sign: +1 if that end is the one with the section on.
-        weights: float32 ``[B]``, each row's place on the path, from the training forward's end.
+        gate: its gate.
+        gates: all gates of the model.
+        trained_on: whether the training forward has the section on.
+        rng: seed and number that t is drawn by.
         rows_factor: what turns dC/dout of a row into the derivative of the row's own loss.
-        seconds: time the other forward took.
     """
 
-    index: int
-    other: list
-    sign: float
-    weights: Tensor
-    rows_factor: float
-    per_row: Tensor | None = None
-    common: Tensor | None = None
-
-    @classmethod
-    def begin(
-        cls,
+    def __init__(
+        self,
         index: int,
         gate: Gate,
-        model: nn.Module,
-        call: tuple[tuple, dict],
+        gates: Sequence[Gate],
         *,
-        other_is_on: bool,
+        trained_on: bool,
         rng: tuple[int, int],
         batch_size: int,
         rows_factor: float,
-    ) -> OutputPath:
-        """Runs the other end's forward, ahead of the training forward."""
-        args, kwargs = call
-        with side_forward(model), forced(gate, other_is_on):
-            # `forward`, not a call: the pruner's hooks must not draw for it.
-            other, _ = tree_flatten(model.forward(*args, **kwargs))
+    ) -> None:
+        self.index = index
+        self.trained_on = trained_on
+        self.waiting = True
+        self._gate = gate
+        self._gates = gates
+        self._sign = -1.0 if trained_on else 1.0
+        self._rows_factor = rows_factor
         state = torch.tensor([rng[0] ^ _PATH_STREAM, rng[1], 0])
-        weights = ops.sample_gates(torch.zeros(1), batch_size, state, torch.ones(1)).gates[0]
-        return cls(index, other, 1.0 if other_is_on else -1.0, weights, rows_factor)
+        self._t = ops.sample_gates(torch.zeros(1), batch_size, state, torch.ones(1)).gates[0]
+        self._earlier: dict[Gate, deque[Tensor]] = {}
+        self._per_row: Tensor | None = None
+        self._common: Tensor | None = None
+        for other in gates:
+            other.recorder = self._record
 
-    def mix(self, output: object) -> object:
-        """The training forward's output, moved along the path; its gradient becomes the evidence."""
+    def _record(self, gate: Gate, output: Tensor) -> None:
+        if gate is self._gate:
+            self._stop_recording()
+        else:
+            self._earlier.setdefault(gate, deque()).append(output.detach())
+
+    def _stop_recording(self) -> None:
+        for gate in self._gates:
+            gate.recorder = None
+
+    def replayed(self) -> set[Gate]:
+        """The gates whose sections the other end does not compute again."""
+        return set(self._earlier)
+
+    def finish(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+        """Computes the other end and moves the training forward's output along the path.
+
+        Returns:
+            The output to train with; its gradient becomes the evidence.
+        """
+        self.waiting = False
+        self._stop_recording()
+        for gate, outputs in self._earlier.items():
+            gate.replay = outputs
+        try:
+            with side_forward(model), forced(self._gate, not self.trained_on):
+                # `forward`, not a call: the pruner's hooks must not draw for it.
+                others, _ = tree_flatten(model.forward(*args, **kwargs))
+        finally:
+            for gate in self._earlier:
+                gate.replay = None
         leaves, spec = tree_flatten(output)
         mixed = [
             self._move(leaf, other) if _carries_gradient(leaf) else leaf
-            for leaf, other in zip(leaves, self.other, strict=True)
+            for leaf, other in zip(leaves, others, strict=True)
         ]
-        self.other = []
         return tree_unflatten(mixed, spec)
 
     def _move(self, leaf: Tensor, other: Tensor) -> Tensor:
         away = (other - leaf).detach()
-        batch = self.weights.shape[0]
-        by_row = leaf.dim() > 0 and leaf.shape[0] == batch
-        weights = self.weights.to(leaf.device)
-        place = weights.view(-1, *[1] * (leaf.dim() - 1)) if by_row else weights[0]
+        by_row = leaf.dim() > 0 and leaf.shape[0] == self._t.shape[0]
+        t = self._t.to(leaf.device)
+        place = t.view(-1, *[1] * (leaf.dim() - 1)) if by_row else t[0]
         moved = leaf + (place * away).to(leaf.dtype)
 
         def record(gradient: Tensor) -> None:
             product = gradient.detach().double() * away.double()
             if by_row:
-                rows = product.flatten(1).sum(1) * (self.sign * self.rows_factor)
-                self.per_row = rows if self.per_row is None else self.per_row + rows
+                rows = product.flatten(1).sum(1) * (self._sign * self._rows_factor)
+                self._per_row = rows if self._per_row is None else self._per_row + rows
             else:
-                whole = product.sum() * self.sign
-                self.common = whole if self.common is None else self.common + whole
+                whole = product.sum() * self._sign
+                self._common = whole if self._common is None else self._common + whole
 
         moved.register_hook(record)
         return moved
@@ -144,12 +169,12 @@ class OutputPath:
         Args:
             scale: divisor of the gradients, as a gradient scaler's.
         """
-        if self.per_row is None and self.common is None:
+        if self._per_row is None and self._common is None:
             return None
-        common = 0.0 if self.common is None else float(self.common) / scale
-        if self.per_row is None:
+        common = 0.0 if self._common is None else float(self._common) / scale
+        if self._per_row is None:
             return common, math.nan, 0
-        rows = self.per_row / scale
+        rows = self._per_row / scale
         count = rows.shape[0]
         variance = float(rows.var()) / count if count > 1 else math.nan
         return float(rows.mean()) + common, variance, count

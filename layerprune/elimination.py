@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-BATCH_PRIOR = 8
+BATCH_PRIOR = 32
 """Degrees of freedom by which the variance within batches stands in for the one between batches.
 
 With two batches their own variance says almost nothing, while every batch holds many rows.
@@ -136,6 +136,19 @@ class SequentialTest:
         error, _ = found.moderated()
         return Verdict(found.mean > 0, found.mean, error, len(found.means))
 
+    def hopeless(self, section: int, penalty: float) -> bool:
+        """Whether not even the last look could tell a section without any effect from one that pays.
+
+        Judged by the spread alone: early in a run the loss differs too much from row to row, and
+        measuring is better put off. Such a stop can eliminate nothing, so it costs no level.
+        """
+        found = self._differences.get(section)
+        if found is None:
+            return False
+        error, freedom = found.moderated()
+        final = error * math.sqrt(len(found.means) / 2**self.looks)
+        return student_tail(penalty / final, freedom) > self._level(section) if final > 0 else False
+
     def verdict(self, section: int, penalty: float) -> Verdict | None:
         """The verdict of a look, or None between looks and while the test is undecided.
 
@@ -147,9 +160,9 @@ class SequentialTest:
         if count < 2 or count & (count - 1):
             return None
         error, freedom = found.moderated()
-        score = (found.mean + penalty) / error if error > 0 else math.copysign(math.inf, found.mean + penalty)
-        attempt = self._attempts.get(section, 0)
-        useless = student_tail(score, freedom) < self.level / 2 ** (attempt + 1) / self.looks
+        excess = found.mean + penalty
+        score = excess / error if error > 0 else math.copysign(math.inf, excess)
+        useless = student_tail(score, freedom) < self._level(section)
         needed = student_tail(-score, freedom) < self.keep_level / self.looks
         if not (useless or needed):
             if count >= 2**self.looks:
@@ -158,9 +171,13 @@ class SequentialTest:
         self.reset(section)
         return Verdict(useless, found.mean, error, count)
 
+    def _level(self, section: int) -> float:
+        return self.level / 2 ** (self._attempts.get(section, 0) + 1) / self.looks
+
     def reset(self, section: int) -> None:
-        """Ends the section's attempt."""
-        if self._differences.pop(section, None) is not None:
+        """Ends the section's attempt; one without a single look is not counted."""
+        found = self._differences.pop(section, None)
+        if found is not None and len(found.means) > 1:
             self._attempts[section] = self._attempts.get(section, 0) + 1
 
     def state_dict(self) -> dict:

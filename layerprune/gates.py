@@ -44,18 +44,29 @@ class Gate:
     pickle of a gate is open and knows nothing of the pruner: a copied model is a plain one.
     """
 
-    __slots__ = ("draw", "is_open", "name")
+    __slots__ = ("draw", "is_open", "name", "recorder", "replay")
 
     def __init__(self, name: str = "section") -> None:
         self.name = name
         self.draw: SectionDraw | None = None
         self.is_open = True
+        self.recorder: Callable[[Gate, Tensor], None] | None = None
+        self.replay: deque[Tensor] | None = None
 
     def __deepcopy__(self, memo: dict) -> Gate:
         return Gate(self.name)
 
     def __reduce__(self) -> tuple:
         return Gate, (self.name,)
+
+    def run(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Runs the section's forward, or repeats what an earlier one on the same batch gave."""
+        if self.replay:
+            return self.replay.popleft()
+        output = forward()
+        if self.recorder is not None:
+            self.recorder(self, output)
+        return output
 
     def current(self, training: bool, batch_size: int) -> SectionDraw | bool:
         """The draw to apply, or True for an open and False for a closed gate.

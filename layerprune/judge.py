@@ -61,6 +61,7 @@ class Judge:
         self.current: int | None = None
         self.turn = [0] * count
         self.due = [0] * count
+        self.paused_until = 0
         self.settlings = [0] * count
 
     def choose(
@@ -75,12 +76,15 @@ class Judge:
             return self.current
         values = theta.tolist()
         still_open = [index for index, state in enumerate(status) if state == "open"]
+        if learning and step < self.paused_until:
+            return None
         if learning:
             groups = (
                 [i for i in still_open if values[i] <= self.tolerance],
                 [i for i in still_open if values[i] >= 1 - self.tolerance],
-                [i for i, state in enumerate(status) if state == "settled" and self.due[i] <= step],
+                [i for i, state in enumerate(status) if state == "settled"],
             )
+            groups = tuple([i for i in group if self.due[i] <= step] for group in groups)
         else:
             groups = (still_open,)
         for group in groups:
@@ -90,10 +94,13 @@ class Judge:
                 return self.current
         return None
 
-    def verdict(self, penalty: float, learning: bool) -> Verdict | None:
+    def verdict(self, step: int, penalty: float, learning: bool) -> Verdict | None:
         """What the measurements of the current section say by now; None to go on measuring."""
         index = self.current
         if learning:
+            if self.test.hopeless(index, penalty):
+                self._pause(index, step)
+                return None
             found = self.test.verdict(index, penalty)
             if found is not None or self.test.batches(index) == 0:
                 self.current = None
@@ -117,6 +124,12 @@ class Judge:
         self.settlings[index] += 1
         self.due[index] = step + self.recheck * 2 ** self.settlings[index]
 
+    def _pause(self, index: int, step: int) -> None:
+        # How much the loss differs from row to row is the network's state, not the section's.
+        self.test.reset(index)
+        self.paused_until = step + self.recheck // 4
+        self.current = None
+
     def begin_rounding(self) -> None:
         """Starts the measurements of undecided sections afresh."""
         if self.current is not None:
@@ -130,6 +143,7 @@ class Judge:
             "current": self.current,
             "turn": list(self.turn),
             "due": list(self.due),
+            "paused_until": self.paused_until,
             "settlings": list(self.settlings),
         }
 
@@ -139,3 +153,4 @@ class Judge:
         self.current = state["current"]
         self.turn, self.due = list(state["turn"]), list(state["due"])
         self.settlings = list(state["settlings"])
+        self.paused_until = state["paused_until"]

@@ -115,8 +115,8 @@ def penalties(strength: float, costs: Tensor) -> Tensor:
     if wrong.any():
         index = int(wrong.nonzero()[0])
         raise ValueError(
-            f"costs must be finite and above 0, got {values[index]:g} for section {index}: leave that "
-            "section out, or choose a cost that every section has, such as 'uniform'"
+            f"costs must be finite and above 0, got {values[index]:g} for section {index}: leave "
+            "that section out, or choose a cost that every section has, such as 'uniform'"
         )
     dtype = costs.dtype if costs.is_floating_point() else torch.get_default_dtype()
     return (strength * values / values.mean()).to(dtype)

@@ -159,7 +159,7 @@ class LayerPruner:
         self._allocate_probes()
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
 
     @property
@@ -374,47 +374,46 @@ class LayerPruner:
         if recording:
             self._account(batch_size, running)
         if candidate is not None:
-            self._measure(candidate, forced[candidate] < 0.5, batch_size, call, running)
-
-    def _account(self, batch_size: int, running: list[int] | None) -> None:
-        sections = sum(self._branch_flops)
-        spent = batch_size * (self._model_flops - sections)
-        for index, status in enumerate(self._status):
-            if status != "eliminated":
-                rows = running[index] if running and status == "open" else batch_size
-                spent += rows * self._branch_flops[index]
-        self.ledger.train_flops += (1 + BACKWARD) * spent
-        self.ledger.dense_train_flops += (1 + BACKWARD) * batch_size * self._model_flops
-        self._forward_flops = spent
-
-    def _measure(
-        self,
-        index: int,
-        other_is_on: bool,
-        batch_size: int,
-        call: tuple[tuple, dict],
-        running: list[int] | None,
-    ) -> None:
-        with self.ledger.timed("test"):
-            self._path = OutputPath.begin(
-                index,
-                self._bank.gates[index],
-                self.model,
-                call,
-                other_is_on=other_is_on,
+            self._path = OutputPath(
+                candidate,
+                self._bank.gates[candidate],
+                self._bank.gates,
+                trained_on=forced[candidate] > 0.5,
                 rng=(self._bank.seed, self._bank.draw_number),
                 batch_size=batch_size,
                 rows_factor=self._rows_factor(batch_size),
             )
-        change = self._branch_flops[index] * batch_size
-        spent = self._forward_flops + (change if other_is_on else -change)
+
+    def _account(self, batch_size: int, running: list[int] | None) -> None:
+        self._last_flops = [
+            flops * (0 if status == "eliminated" else running[index] if running else batch_size)
+            for index, (flops, status) in enumerate(
+                zip(self._branch_flops, self._status, strict=True)
+            )
+        ]
+        self._last_fixed = batch_size * (self._model_flops - sum(self._branch_flops))
+        spent = self._last_fixed + sum(self._last_flops)
+        self.ledger.train_flops += (1 + BACKWARD) * spent
+        self.ledger.dense_train_flops += (1 + BACKWARD) * batch_size * self._model_flops
+        self._batch_size = batch_size
+
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+        path = self._path
+        if path is None or not path.waiting:
+            return None
+        with self.ledger.timed("test"):
+            mixed = path.finish(model, args, kwargs, output)
+        replayed = path.replayed()
+        spent = self._last_fixed + sum(
+            flops
+            for gate, flops in zip(self._bank.gates, self._last_flops, strict=True)
+            if gate not in replayed
+        )
+        change = self._branch_flops[path.index] * self._batch_size
+        spent += -change if path.trained_on else change
         self.ledger.test_flops += spent
         self.ledger.train_flops += spent
-
-    def _after_forward(self, model: nn.Module, args: tuple, output: object) -> object | None:
-        if self._path is not None and self._path.other:
-            return self._path.mix(output)
-        return None
+        return mixed
 
     def _rows_factor(self, batch_size: int) -> float:
         return float(batch_size) if self.loss_reduction == "mean" else 1.0
@@ -465,7 +464,7 @@ class LayerPruner:
         if measured is not None:
             self._judge.test.add(index, *measured)
         learning = phase == "learning"
-        verdict = self._judge.verdict(float(self.penalty[index]), learning)
+        verdict = self._judge.verdict(self.step_count, float(self.penalty[index]), learning)
         if verdict is None:
             return []
         return self._apply(index, verdict, learning)

@@ -3,13 +3,8 @@
 Each has an eager reference that serves every device, a fake implementation and autograd.
 """
 
-from layerprune.ops.functional import (
-    GateDraw,
-    gated_residual,
-    sample_gates,
-    sampled_gated_residual,
-    take_rows,
-)
+from layerprune.ops.draw import GateDraw, sample_gates
+from layerprune.ops.functional import gated_residual, sampled_gated_residual, take_rows
 from layerprune.ops.philox import philox_4x32_10
 from layerprune.ops.projected_step import projected_gate_step_
 

@@ -1,145 +1,21 @@
-"""The public operations: checked arguments in front of the registered operators."""
+"""The public gated residual operations: checked arguments before the registered operators."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerprune.ops import draw
-from layerprune.ops import gated_residual as operators
-from layerprune.ops.philox import RESERVED_ROW
+from layerprune.ops import registration
+from layerprune.ops.checks import (
+    check,
+    check_device,
+    check_probability,
+    check_rng_state,
+    check_vector,
+)
 from layerprune.ops.rows import TakeRows
 
-SCHEMES = ("systematic", "independent")
 FORMS = ("add", "lerp")
-
-
-class GateDraw(NamedTuple):
-    """One draw of the gates of L sections over a batch of B rows.
-
-    Attributes:
-        gates: float32 ``[L, B]``: 0 or 1, for a probe row a number strictly between.
-        slots: int32 ``[L, B]``: the place of a row among those that run, or -1.
-        rows: int64 ``[L, B]``: the rows that run, ascending, then -1.
-        probes: int64 ``[L, B]``: the probe rows, ascending, then -1.
-        counts: int64 ``[L, 2]``: how many rows run, how many are probes.
-    """
-
-    gates: Tensor
-    slots: Tensor
-    rows: Tensor
-    probes: Tensor
-    counts: Tensor
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tensor.shape != shape:
-        raise ValueError(
-            f"{name} must be {dtype} of shape {list(shape)},"
-            f" got {tensor.dtype} of shape {list(tensor.shape)}"
-        )
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, but must be on {device} with the others")
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` can be looked at without waiting for a device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_probability(name: str, tensor: Tensor) -> None:
-    if tensor.numel() and _readable(tensor):
-        low, high = tensor.aminmax()
-        if not (low >= 0 and high <= 1):  # also refuses NaN
-            raise ValueError(f"{name} must lie in [0, 1], got values from {low} to {high}")
-
-
-def _check_rng_state(rng_state: Tensor, batch_size: int, device: torch.device) -> None:
-    _check("rng_state", rng_state, torch.int64, (3,))
-    _check_device("rng_state", rng_state, device)
-    if _readable(rng_state):
-        first = rng_state[2].item()
-        if not 0 <= first <= RESERVED_ROW - batch_size:
-            raise ValueError(
-                f"rng_state[2], the batch's first global row, is {first}; the batch's rows must"
-                f" lie in [0, {RESERVED_ROW})"
-            )
-
-
-def sample_gates(
-    theta: Tensor,
-    batch_size: int,
-    rng_state: Tensor,
-    probe_rate: Tensor,
-    *,
-    min_rows: int = 1,
-    row_multiple: int = 1,
-    scheme: str = "systematic",
-) -> GateDraw:
-    """Draws the gates of all sections for one forward.
-
-    The random words are Philox4x32-10 under the key (seed low, seed high) at the counter (draw
-    low, draw high, section, global row). Word 0 ranks the rows for the Bernoulli choice, word 1
-    for the choice of probes, word 2 gives a probe's gate, word 3 decides in the ``independent``
-    scheme; ranks are by the pair (word, row). A uniform u is a word's upper 24 bits times 2**-24.
-
-    ``systematic``: P = floor(probe_rate * B + u1) rows of least word 1 are probes; their gates
-    are (j + u) / P, j = 0, ..., P - 1 in that order, in float32: the sum, then the quotient, then
-    a clamp to [2**-25, 1 - 2**-24]. Of the R = B - P others the floor(theta * R + u0) of least
-    word 0 have gate 1. u0 and u1 are of words 0 and 1 of the reserved row 0xFFFFFFFF. Every row is
-    open with probability theta, as far as 24-bit uniforms resolve it.
-    ``independent``: every row is a probe with probability probe_rate, its gate u clamped alike,
-    and otherwise open with probability theta, whatever the others are.
-
-    The rows that run are those with an open gate and, in the order of (word 0, row), rows with
-    gate 0 until there are at least ``min_rows`` and a multiple of ``row_multiple``, or all.
-
-    Args:
-        theta: float32 ``[L]`` in [0, 1], probability of an open gate.
-        batch_size: B >= 0.
-        rng_state: int64 ``[3]``: seed, draw number, global row of the batch's first row.
-        probe_rate: float32 ``[L]`` in [0, 1], share of probe rows.
-        min_rows: Least number of rows that run, 0 or more.
-        row_multiple: The number of rows that run is a multiple of it, or B; 1 or more.
-        scheme: "systematic" or "independent".
-
-    Returns:
-        A `GateDraw` on the device of ``theta``. Nothing of it carries a gradient.
-
-    Raises:
-        ValueError: An argument has a wrong dtype, shape, device or value. Values in tensors are
-            looked at on the CPU only.
-    """
-    sections = theta.shape[:1]
-    _check("theta", theta, torch.float32, tuple(sections))
-    _check("probe_rate", probe_rate, torch.float32, tuple(sections))
-    _check_device("probe_rate", probe_rate, theta.device)
-    if batch_size < 0 or min_rows < 0 or row_multiple < 1:
-        raise ValueError(
-            "batch_size and min_rows must be at least 0 and row_multiple at least 1,"
-            f" got {batch_size}, {min_rows} and {row_multiple}"
-        )
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
-    _check_rng_state(rng_state, batch_size, theta.device)
-    _check_probability("theta", theta)
-    _check_probability("probe_rate", probe_rate)
-    return GateDraw(
-        *draw.sample_gates(
-            theta.detach(),
-            batch_size,
-            rng_state,
-            probe_rate.detach(),
-            min_rows,
-            row_multiple,
-            scheme,
-        )
-    )
 
 
 def _check_sum(x: Tensor, branch: Tensor, activation: str | None, form: str) -> None:
@@ -149,10 +25,8 @@ def _check_sum(x: Tensor, branch: Tensor, activation: str | None, form: str) -> 
             f" got {list(x.shape)} and {list(branch.shape)}"
         )
     if not (x.is_floating_point() and branch.is_floating_point()):
-        raise ValueError(
-            f"x and branch must be floating point, got {x.dtype} and {branch.dtype}"
-        )
-    _check_device("branch", branch, x.device)
+        raise ValueError(f"x and branch must be floating point, got {x.dtype} and {branch.dtype}")
+    check_device("branch", branch, x.device)
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     if activation not in (None, "relu"):
@@ -213,8 +87,8 @@ def gated_residual(
     """
     _check_sum(x, branch, activation, form)
     batch = x.shape[:1]
-    _check("gate", gate, torch.float32, tuple(batch))
-    _check_device("gate", gate, x.device)
+    check("gate", gate, torch.float32, batch)
+    check_device("gate", gate, x.device)
     if slot is None:
         if branch.shape != x.shape:
             raise ValueError(
@@ -222,15 +96,15 @@ def gated_residual(
                 " the branch for each row of x"
             )
     else:
-        _check("slot", slot, torch.int32, tuple(batch))
-        _check_device("slot", slot, x.device)
+        check("slot", slot, torch.int32, batch)
+        check_device("slot", slot, x.device)
         if branch.shape[0] > batch[0]:
             raise ValueError(f"branch has {branch.shape[0]} rows, more than the {batch[0]} of x")
     if gate_grad_rows is not None:
-        _check("gate_grad_rows", gate_grad_rows, torch.int64, tuple(gate_grad_rows.shape[:1]))
-        _check_device("gate_grad_rows", gate_grad_rows, x.device)
+        check_vector("gate_grad_rows", gate_grad_rows, torch.int64)
+        check_device("gate_grad_rows", gate_grad_rows, x.device)
     x, branch = _promoted(x, branch)
-    return operators.gated_residual(
+    return registration.gated_residual(
         x, branch, gate, slot, gate_grad_rows, activation == "relu", form == "lerp"
     )
 
@@ -254,8 +128,8 @@ def take_rows(x: Tensor, rows: Tensor, exclusive: bool = False) -> tuple[Tensor,
     Raises:
         ValueError: ``rows`` is not an int64 vector on the device of ``x``.
     """
-    _check("rows", rows, torch.int64, tuple(rows.shape[:1]))
-    _check_device("rows", rows, x.device)
+    check_vector("rows", rows, torch.int64)
+    check_device("rows", rows, x.device)
     return TakeRows.apply(x, rows, exclusive)
 
 
@@ -296,13 +170,13 @@ def sampled_gated_residual(
         raise ValueError(
             f"x and branch must have one shape, got {list(x.shape)} and {list(branch.shape)}"
         )
-    _check("theta", theta, torch.float32, ())
-    _check_device("theta", theta, x.device)
-    _check_probability("theta", theta)
-    _check_rng_state(rng_state, x.shape[0], x.device)
+    check("theta", theta, torch.float32, ())
+    check_device("theta", theta, x.device)
+    check_probability("theta", theta)
+    check_rng_state(rng_state, x.shape[0], x.device)
     if not 0 <= section < 1 << 32:
         raise ValueError(f"section must lie in [0, 2**32), got {section}")
     x, branch = _promoted(x, branch)
-    return operators.sampled_gated_residual(
+    return registration.sampled_gated_residual(
         x, branch, theta, rng_state, section, activation == "relu", form == "lerp"
     )

@@ -70,9 +70,7 @@ def philox_4x32_10(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1)
 
 
-def grid_words(
-    rng_state: Tensor, sections: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def grid_words(rng_state: Tensor, sections: Tensor, rows: Tensor) -> Tensor:
     """The random words of every (section, row) of one draw.
 
     The key is the seed (low word, high word), the counter (draw low, draw high, section, row).
@@ -83,7 +81,7 @@ def grid_words(
         rows: int64 ``[N]``, global row numbers in [0, 2**32).
 
     Returns:
-        Words 0, 1, 2, 3 as int64 ``[L, N]`` each.
+        int64 ``[4, L, N]``: words 0, 1, 2 and 3.
     """
     mask = _constants(rng_state.device)[2]
     low, high = rng_state & mask, (rng_state >> 32) & mask
@@ -92,7 +90,7 @@ def grid_words(
     even = torch.stack((low[1].expand_as(sections), sections)).unsqueeze(2)
     odd = torch.stack((high[1].expand_as(rows), rows)).unsqueeze(1)
     even, odd = _rounds(even, odd, key)
-    return even[0], odd[0], even[1], odd[1]
+    return torch.stack((even[0], odd[0], even[1], odd[1]))
 
 
 def uniform(word: Tensor) -> Tensor:

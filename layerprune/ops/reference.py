@@ -33,20 +33,36 @@ def flat_rows(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
 
 
+def empty_rows(count: int, like: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """``[count, *S]``, uninitialised, for ``like`` of ``[B, *S]``."""
+    return torch.empty(
+        (count, *like.shape[1:]),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=memory_format,
+    )
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widen(tensor: Tensor) -> Tensor:
+    """The tensor in its accumulation dtype; the tensor itself where that is its own."""
+    dtype = accumulation_dtype(tensor.dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _running(
-    gate: Tensor, slot: Tensor | None, branch_rows: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    gate: Tensor, slot: Tensor | None, branch_rows: int, wide: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Which rows read the branch, and where.
 
     Returns:
         rows: int64 ``[N]``, ascending, or None for all of them.
         positions: int ``[N]``, their rows of the branch, or None for 0, 1, ..., K - 1.
-        weights: float32 ``[N]``, their gates, or None where all are exactly 1.
+        weights: ``wide[N, 1]``, their gates.
     """
     open_gate = gate != 0
     rows = (open_gate if slot is None else open_gate & (slot >= 0)).nonzero().squeeze(1)
@@ -56,12 +72,9 @@ def _running(
         positions, torch.arange(count, dtype=positions.dtype, device=positions.device)
     ):
         positions = None
-    weights = gate if count == gate.shape[0] else gate.index_select(0, rows)
-    return (
-        None if count == gate.shape[0] else rows,
-        positions,
-        None if bool((weights == 1).all()) else weights,
-    )
+    if count == gate.shape[0]:
+        return None, positions, gate.to(wide).unsqueeze(1)
+    return rows, positions, gate.index_select(0, rows).to(wide).unsqueeze(1)
 
 
 def _select(flat: Tensor, rows: Tensor | None) -> Tensor:
@@ -86,28 +99,27 @@ def gated_residual(
     """
     layout = row_format(x)
     y = torch.empty_like(x, memory_format=layout)
-    rows, positions, weights = _running(gate, slot, branch.shape[0])
+    wide = accumulation_dtype(x.dtype)
+    rows, positions, weights = _running(gate, slot, branch.shape[0], wide)
     inputs, outputs = flat_rows(x, layout), flat_rows(y, layout)
     values = _select(flat_rows(branch, layout), positions)
-    if weights is None and not lerp:
-        # A plain sum is rounded once in every dtype.
+    all_on = bool((weights == 1).all())
+    if not lerp and (all_on or wide == x.dtype):
+        # A sum of two tensors is rounded once in every dtype.
+        if not all_on:
+            values = values * weights
         if rows is None:
             torch.add(inputs, values, out=outputs)
         else:
             outputs.copy_(inputs).index_add_(0, rows, values)
     else:
-        wide = accumulation_dtype(x.dtype)
-        start, values = _select(inputs, rows).to(wide), values.to(wide)
-        if weights is None:
-            total = values
-        elif lerp:
-            total = torch.lerp(start, values, weights.to(wide).unsqueeze(1))
-        else:
-            total = torch.addcmul(start, values, weights.to(wide).unsqueeze(1))
+        if not all_on:
+            mix = torch.lerp if lerp else torch.addcmul
+            values = mix(widen(_select(inputs, rows)), widen(values), weights).to(x.dtype)
         if rows is None:
-            outputs.copy_(total)
+            outputs.copy_(values)
         else:
-            outputs.copy_(inputs).index_copy_(0, rows, total.to(x.dtype))
+            outputs.copy_(inputs).index_copy_(0, rows, values)
     return y.relu_() if relu else y
 
 
@@ -145,30 +157,23 @@ def gated_residual_backward(
         d_x.copy_(grad)
     else:
         torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=d_x)
-    d_branch = grad.new_empty((branch_rows, *grad.shape[1:])).to(memory_format=layout)
+    d_branch = empty_rows(branch_rows, d_x, layout)
     d_sum, outputs = flat_rows(d_x, layout), flat_rows(d_branch, layout)
     d_gate = _gate_gradient(d_sum, gate, slot, kept, gate_grad_rows, layout)
 
-    rows, positions, weights = _running(gate, slot, branch_rows)
+    wide = accumulation_dtype(grad.dtype)
+    rows, positions, weights = _running(gate, slot, branch_rows, wide)
     values = _select(d_sum, rows)
-    if weights is not None:
-        wide = accumulation_dtype(grad.dtype)
-        weights = weights.to(wide).unsqueeze(1)
-        scaled = values.to(wide) * weights
-        if lerp:
-            rest = (values.to(wide) * (1 - weights)).to(grad.dtype)
-    else:
-        scaled = values
-        rest = torch.zeros_like(values) if lerp else None
+    # The products are formed in the accumulation dtype and rounded once on their way out.
     if positions is None:
-        outputs.copy_(scaled)
+        torch.mul(values, weights, out=outputs)
     else:
-        outputs.zero_().index_copy_(0, positions.long(), scaled.to(grad.dtype))
+        products = (values * weights).to(grad.dtype)
+        outputs.zero_().index_copy_(0, positions.long(), products)
     if lerp:
-        if rows is None:
-            d_sum.copy_(rest)
-        else:
-            d_sum.index_copy_(0, rows, rest)
+        torch.mul(values, 1 - weights, out=values)
+        if rows is not None:
+            d_sum.index_copy_(0, rows, values)
     return d_x, d_branch, d_gate
 
 
@@ -184,17 +189,15 @@ def _gate_gradient(
     d_gate = torch.zeros_like(gate)
     if kept is None:
         return d_gate
-    wide = accumulation_dtype(d_sum.dtype)
-    kept = flat_rows(kept, layout).to(wide)
+    kept = widen(flat_rows(kept, layout))
     if gate_grad_rows is None:
         if slot is None:
-            return (d_sum.to(wide) * kept).sum(1).float()
+            return (widen(d_sum) * kept).sum(1).float()
         rows = (slot >= 0).nonzero().squeeze(1)
-        products = d_sum.index_select(0, rows).to(wide) * kept.index_select(
-            0, slot.index_select(0, rows)
-        )
+        positions = slot.index_select(0, rows)
+        products = widen(d_sum.index_select(0, rows)) * kept.index_select(0, positions)
         return d_gate.index_copy_(0, rows, products.sum(1).float())
-    sums = (d_sum.index_select(0, gate_grad_rows).to(wide) * kept).sum(1).float()
+    sums = (widen(d_sum.index_select(0, gate_grad_rows)) * kept).sum(1).float()
     if slot is not None:
         sums = torch.where(slot.index_select(0, gate_grad_rows) >= 0, sums, 0.0)
     return d_gate.index_copy_(0, gate_grad_rows, sums)

@@ -24,9 +24,7 @@ def _may_overwrite(gradient: Tensor) -> bool:
     A view may share its memory with another gradient, a tensor that requires a gradient is part of
     a graph, and a compiler puts the update in place itself.
     """
-    return not (
-        torch.compiler.is_compiling() or gradient.requires_grad or gradient._is_view()
-    )
+    return not (torch.compiler.is_compiling() or gradient.requires_grad or gradient._is_view())
 
 
 class TakeRows(torch.autograd.Function):
@@ -51,10 +49,9 @@ class TakeRows(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         if d_rest is None:
             d_rest = d_rows.new_zeros(ctx.shape)
-        elif not (ctx.exclusive and _may_overwrite(d_rest)):
-            return d_rest.index_add(0, rows, d_rows), None, None
         layout = row_format(d_rest)
-        if d_rest.is_contiguous(memory_format=layout):
-            flat_rows(d_rest, layout).index_add_(0, rows, flat_rows(d_rows, layout))
-            return d_rest, None, None
-        return d_rest.index_add(0, rows, d_rows), None, None
+        dense = d_rest.is_contiguous(memory_format=layout)
+        if not (dense and ctx.exclusive and _may_overwrite(d_rest)):
+            d_rest = d_rest.clone(memory_format=layout)
+        flat_rows(d_rest, layout).index_add_(0, rows, flat_rows(d_rows, layout))
+        return d_rest, None, None

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -27,25 +28,37 @@ class OpaqueTwin:
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Runs the module on the running rows and mixes the result with its input."""
-        run = super().forward
         adapter, gate = getattr(self, GATE_ATTRIBUTE)
-        draw = gate.current(self.training, x.shape[0])
-        if isinstance(draw, bool):
-            return run(x, *args, **kwargs) if draw else x
-        if draw.rows.shape[0] == x.shape[0]:
-            y = run(x, *args, **kwargs)
-            return ops.gated_residual(x, y, draw.gate, form="lerp", gate_grad_rows=draw.probes)
-        args = [a[draw.rows] if i in adapter.batched else a for i, a in enumerate(args, start=1)]
-        kwargs = {k: v[draw.rows] if k in adapter.batched else v for k, v in kwargs.items()}
-        rows, rest = ops.take_rows(x, draw.rows, exclusive=True)
-        y = run(rows, *args, **kwargs)
-        return ops.gated_residual(
-            rest, y, draw.gate, draw.slot, form="lerp", gate_grad_rows=draw.probes
-        )
+        run = super().forward
+        return gate.run(lambda: _forward(gate, self.training, run, adapter.batched, x, args, kwargs))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The twin's class exists only in memory: name it by its original.
         return _restore, (type(self).__mro__[2],), self.__dict__.copy()
+
+
+def _forward(
+    gate: Gate,
+    training: bool,
+    run: Callable[..., Tensor],
+    batched: frozenset[int | str],
+    x: Tensor,
+    args: tuple,
+    kwargs: dict,
+) -> Tensor:
+    draw = gate.current(training, x.shape[0])
+    if isinstance(draw, bool):
+        return run(x, *args, **kwargs) if draw else x
+    if draw.rows.shape[0] == x.shape[0]:
+        y = run(x, *args, **kwargs)
+        return ops.gated_residual(x, y, draw.gate, form="lerp", gate_grad_rows=draw.probes)
+    args = [a[draw.rows] if i in batched else a for i, a in enumerate(args, start=1)]
+    kwargs = {k: v[draw.rows] if k in batched else v for k, v in kwargs.items()}
+    rows, rest = ops.take_rows(x, draw.rows, exclusive=True)
+    y = run(rows, *args, **kwargs)
+    return ops.gated_residual(
+        rest, y, draw.gate, draw.slot, form="lerp", gate_grad_rows=draw.probes
+    )
 
 
 @functools.cache

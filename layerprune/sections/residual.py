@@ -32,6 +32,17 @@ def gated_forward(
     activation: Activation,
 ) -> Tensor:
     """y = act(shortcut(x) + gate * branch(x)), the branch on the running rows only."""
+    return gate.run(lambda: _forward(gate, training, x, branch, shortcut, activation))
+
+
+def _forward(
+    gate: Gate,
+    training: bool,
+    x: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    shortcut: Callable[[Tensor], Tensor] | None,
+    activation: Activation,
+) -> Tensor:
     draw = gate.current(training, x.shape[0])
     if isinstance(draw, bool):
         straight = x if shortcut is None else shortcut(x)

@@ -32,6 +32,7 @@ EPOCH_COLUMNS = (
     "train_flops_fraction",
     "seconds",
 )
+_KEPT = {"settled": "kept by test", "rounded-on": "kept by rounding"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,41 @@ def read_run(folder: str | os.PathLike[str]) -> RunRecord:
     events = _parsed(folder / EVENTS_FILE, _event_rows, [])
     sections, steps, theta = _parsed(folder / THETA_FILE, _theta_rows, _theta_rows("step\n"))
     return RunRecord(folder, args, epochs, sections, steps, theta, events, summary)
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of a section.
+
+    Attributes:
+        section: its name.
+        kind: "kept by test", "kept by rounding", "undecided" or "removed by " and one of "test",
+            "rounding", "attraction".
+        event: the last decision about it, None if there was none.
+        step: the step it was removed at, None if it was not.
+    """
+
+    section: str
+    kind: str
+    event: dict[str, Any] | None
+    step: int | None
+
+
+def fates(record: RunRecord) -> list[Fate]:
+    """What became of each section of a run, in the order of the sections."""
+    result = []
+    for section in record.sections:
+        mine = [event for event in record.events if event.get("section") == section]
+        gone = [e for e in mine if e.get("decision") in ("eliminated", "rounded-off")]
+        if gone:
+            by = gone[0].get("by")
+            kind = f"removed by {by if by in ('rounding', 'attraction') else 'test'}"
+            result.append(Fate(section, kind, gone[0], gone[0]["step"]))
+        else:
+            last = mine[-1] if mine else {}
+            kind = _KEPT.get(str(last.get("decision")), "undecided")
+            result.append(Fate(section, kind, last or None, None))
+    return result
 
 
 def _parsed(path: Path, parse: Callable[[str], Any], missing: Any) -> Any:

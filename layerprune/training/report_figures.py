@@ -1,14 +1,7 @@
-"""The figures of a run's report, drawn by Matplotlib as SVG text for an HTML page.
-
-The page's style sheet owns the neutral colours (ink, grid, paper), so that one drawing serves a
-light and a dark page; the colours with a meaning are chosen to be legible on both.
-"""
+"""The figures of a run's report: theta, removals with their evidence, accuracy and FLOPs."""
 
 from __future__ import annotations
 
-import io
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -16,17 +9,25 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-from layerprune.training.records import RunRecord
+from layerprune.training.records import Fate, RunRecord, fates
+from layerprune.training.report_canvas import (
+    BAND,
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    PAPER,
+    RED,
+    STYLE,
+    Clock,
+    shade_phases,
+    subplots,
+    to_svg,
+)
 
-# Stand-ins that `_svg` replaces by the page's own colours.
-INK, MUTED, GRID, BAND, PAPER = "#1b2733", "#66727f", "#dde3e8", "#f1f4f7", "#fdfefe"
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", BAND: "band", PAPER: "paper"}
-BLUE, ORANGE, RED = "#3f74b5", "#d98a2b", "#c8504b"
 FATES = {
     "kept by test": BLUE,
     "kept by rounding": "#8fb4de",
@@ -35,117 +36,19 @@ FATES = {
     "removed by rounding": ORANGE,
     "removed by attraction": "#8a6bb0",
 }
-_DEPTH = LinearSegmentedColormap.from_list("depth", ["#3d6fd1", "#1fa187", "#dba21f", "#d1495b"])
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "layerprune",
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.5,
-}
+# Below 50 colours Matplotlib draws the colour bar as shapes, above as a bitmap.
+_DEPTH = LinearSegmentedColormap.from_list(
+    "depth", ["#3d6fd1", "#1fa187", "#dba21f", "#d1495b"], N=48
+)
 _POINTS = 24_000  # points of all theta curves together: some 400 kB of SVG
-
-
-@dataclass(frozen=True)
-class Fate:
-    """What became of a section.
-
-    Attributes:
-        section: its name.
-        kind: a key of `FATES`.
-        event: the decision that settled it, None while undecided.
-        step: the step it was removed at, None if it was not.
-    """
-
-    section: str
-    kind: str
-    event: dict[str, Any] | None
-    step: int | None
-
-
-def fates(record: RunRecord) -> list[Fate]:
-    """What became of each section of a run, in the order of the sections."""
-    result = []
-    for section in record.sections:
-        mine = [event for event in record.events if event.get("section") == section]
-        gone = [e for e in mine if e.get("decision") in ("eliminated", "rounded-off")]
-        if gone:
-            by = gone[0].get("by")
-            kind = f"removed by {by if by in ('rounding', 'attraction') else 'test'}"
-            result.append(Fate(section, kind, gone[0], gone[0]["step"]))
-        elif mine:
-            rounded = mine[-1].get("decision") == "rounded-on"
-            kind = "kept by rounding" if rounded else "kept by test"
-            result.append(Fate(section, kind, mine[-1], None))
-        else:
-            result.append(Fate(section, "undecided", None, None))
-    return result
-
-
-@dataclass(frozen=True)
-class Clock:
-    """The time axis: epochs once one is over, else steps.
-
-    Attributes:
-        per_epoch: steps an epoch, None before the first is over.
-        end: the last step of the axis.
-        last: the last step recorded.
-    """
-
-    per_epoch: float | None
-    end: int
-    last: int
-
-    @classmethod
-    def of(cls, record: RunRecord) -> Clock:
-        """The clock of a run, which ends where the run will end if that is known."""
-        rows = record.epochs
-        per_epoch = None
-        if len(rows) > 1:
-            per_epoch = (rows[-1]["step"] - rows[0]["step"]) / (len(rows) - 1)
-        elif rows:
-            per_epoch = rows[0]["step"] / max(rows[0]["epoch"], 1)
-        last = max([1, *(row["step"] for row in rows), *record.theta_steps[-1:].tolist()])
-        total = (record.summary.get("phases") or {}).get("total_steps")
-        return cls(per_epoch or None, max(total or 0, last), last)
-
-    def __call__(self, step: Any) -> Any:
-        """The place of a step (or an array of them) on the axis."""
-        return step / self.per_epoch if self.per_epoch else step
-
-    def dress(self, axes: Axes) -> None:
-        """Sets limits, ticks and label of the time axis."""
-        axes.set_xlim(0, self(self.end))
-        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
-        axes.set_xlabel("epoch" if self.per_epoch else "step")
 
 
 def theta_over_time(record: RunRecord) -> str:
     """Theta of every section against time, coloured by depth, eliminations marked by a cross."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _subplots(1, 1, 5.6, 4.3)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots(1, 1, 5.6, 4.3)
         clock = Clock.of(record)
-        _shade_phases(axes, record, clock)
+        shade_phases(axes, record, clock)
         count = len(record.sections)
         norm = Normalize(0, max(count - 1, 1))
         stride = max(1, len(record.theta_steps) // max(60, _POINTS // count))
@@ -170,30 +73,31 @@ def theta_over_time(record: RunRecord) -> str:
         axes.set_ylabel("theta (probability that the section runs)")
         bar = figure.colorbar(ScalarMappable(norm, _DEPTH), ax=axes, pad=0.02, aspect=30)
         bar.outline.set_visible(False)
+        bar.solids.set_edgecolor("face")  # no seams
         bar.set_ticks([0, max(count - 1, 1)], labels=["first", "last"])
         bar.ax.tick_params(length=0)
         bar.ax.invert_yaxis()
         bar.set_label("section, by depth", labelpad=-18)
-        return _svg(figure, "theta")
+        return to_svg(figure, "theta")
 
 
 def removal_timeline(record: RunRecord) -> str:
     """A bar per section for as long as it ran, and beside it the evidence that decided on it."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         everyone = fates(record)
         count = len(everyone)
         pitch = float(np.clip(900 / count, 5.5, 17)) / 72  # inches a section
-        figure, (axes, proof) = _subplots(
+        figure, (axes, proof) = subplots(
             1, 2, 10.6, 1.25 + pitch * count, sharey=True, width_ratios=[1.55, 1]
         )
         clock = Clock.of(record)
-        _shade_phases(axes, record, clock)
+        shade_phases(axes, record, clock)
         place = {fate.section: row for row, fate in enumerate(everyone)}
         ends = [clock(clock.last if fate.step is None else fate.step) for fate in everyone]
         colours = [FATES[fate.kind] for fate in everyone]
         axes.barh(range(count), ends, height=0.62, color=colours)
         for event in record.events:
-            if event.get("decision") == "kept" and event.get("section") in place:
+            if event.get("decision") in ("kept", "reopened") and event.get("section") in place:
                 row = place[event["section"]]
                 axes.plot(clock(event["step"]), row, "|", color=PAPER, ms=pitch * 38, mew=1.4)
         clock.dress(axes)
@@ -208,7 +112,7 @@ def removal_timeline(record: RunRecord) -> str:
         present = [kind for kind in FATES if any(fate.kind == kind for fate in everyone)]
         handles: list[Any] = [Patch(color=FATES[kind], label=kind) for kind in present]
         figure.legend(handles=handles, loc="outside upper left", ncols=6, handlelength=1.1)
-        return _svg(figure, "removal")
+        return to_svg(figure, "removal")
 
 
 def _evidence(axes: Axes, everyone: list[Fate], every: int) -> None:
@@ -242,11 +146,11 @@ def _evidence(axes: Axes, everyone: list[Fate], every: int) -> None:
 
 def accuracy_and_loss(record: RunRecord, baseline: RunRecord | None) -> str:
     """Accuracy and loss of training and test set per epoch, the dense baseline's test beside."""
-    with matplotlib.rc_context(_STYLE):
-        figure, panels = _subplots(2, 1, 5.6, 4.4, sharex=True)
+    with matplotlib.rc_context(STYLE):
+        figure, panels = subplots(2, 1, 5.6, 4.4, sharex=True)
         clock = Clock.of(record)
         for axes, quantity in zip(panels, ("accuracy", "loss"), strict=True):
-            _shade_phases(axes, record, clock, named=quantity == "accuracy")
+            shade_phases(axes, record, clock, named=quantity == "accuracy")
             if baseline is not None:
                 _curve(axes, baseline, f"test_{quantity}", MUTED, "test, dense", ls=(0, (4, 2)))
             _curve(axes, record, f"train_{quantity}", ORANGE, "train", lw=1.1)
@@ -258,30 +162,46 @@ def accuracy_and_loss(record: RunRecord, baseline: RunRecord | None) -> str:
                 axes.plot(removals, [0.0] * len(removals), "|", color=RED, transform=edge,
                           clip_on=False, label="section removed", **thin)  # fmt: skip
             axes.set_ylabel(quantity)
-        panels[0].yaxis.set_major_formatter(PercentFormatter(1))
-        known = [r["test_accuracy"] for r in record.epochs if r["test_accuracy"] is not None]
-        if len(known) >= 5:  # the steep first fifth would leave no room for the differences
-            floor = float(np.quantile(known, 0.2))
-            panels[0].set_ylim(bottom=floor - 0.25 * (max(known) - floor) - 1e-3)
-        panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 1.003))
+        _accuracy_scale(panels[0], record)
         panels[0].legend(loc="lower right")
-        if any((row["test_loss"] or 0) > 0 for row in record.epochs):
-            panels[1].set_yscale("log")
-            panels[1].yaxis.set_major_formatter(LogFormatter())
-            panels[1].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))
+        _loss_scale(panels[1])
         clock.dress(panels[1])
-        return _svg(figure, "accuracy")
+        return to_svg(figure, "accuracy")
+
+
+def _accuracy_scale(axes: Axes, record: RunRecord) -> None:
+    """Percent up to 100, without the steep first fifth, beside which differences would vanish."""
+    axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.4g}%")
+    known = [row["test_accuracy"] for row in record.epochs if row["test_accuracy"] is not None]
+    low, high = axes.get_ylim()
+    if len(known) >= 5:
+        floor = float(np.quantile(known, 0.2))
+        low = floor - 0.25 * (max(known) - floor)
+    middle = (low + high) / 2
+    axes.set_ylim(min(low, middle - 0.01), min(max(high, middle + 0.01), 1.003))
+
+
+def _loss_scale(axes: Axes) -> None:
+    """Logarithmic where the losses spread over more than a factor of five."""
+    losses = [y for line in axes.get_lines() if len(line.get_ydata()) for y in line.get_ydata()]
+    losses = [y for y in losses if y > 0]
+    if losses and max(losses) > 5 * min(losses):
+        axes.set_yscale("log")
+        subs = (1, 2, 5) if max(losses) < 100 * min(losses) else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def training_flops(record: RunRecord) -> str:
     """FLOPs spent so far against those that dense training would have spent, in units of all."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _subplots(1, 1, 5.6, 4.3)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots(1, 1, 5.6, 4.3)
         clock = Clock.of(record)
-        _shade_phases(axes, record, clock)
-        rows = [row for row in record.epochs if row["train_flops_fraction"] is not None]
-        steps = np.array([0, *(row["step"] for row in rows)])
-        spent = steps / clock.end * np.array([0, *(row["train_flops_fraction"] for row in rows)])
+        shade_phases(axes, record, clock)
+        steps = np.array([0, *(row["step"] for row in record.epochs)])
+        shares = np.array([0, *(row["train_flops_fraction"] for row in record.epochs)])
+        spent = shares * steps / clock.end
         dense = steps / clock.end
         axes.plot([0, clock(clock.end)], [0, 1], color=MUTED, ls=(0, (4, 2)), label="dense")
         axes.fill_between(clock(steps), spent, dense, color=BLUE, alpha=0.13, lw=0, label="saved")
@@ -291,7 +211,7 @@ def training_flops(record: RunRecord) -> str:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_ylabel("training FLOPs, of a dense run's")
         axes.legend(loc="upper left", bbox_to_anchor=(0.0, 0.93))
-        return _svg(figure, "flops")
+        return to_svg(figure, "flops")
 
 
 def _curve(axes: Axes, record: RunRecord, column: str, colour: str, label: str, **how: Any) -> None:
@@ -300,46 +220,5 @@ def _curve(axes: Axes, record: RunRecord, column: str, colour: str, label: str, 
     points = [(clock(r["step"]), r[column]) for r in record.epochs if r[column] is not None]
     if points:
         marker = "o" if len(points) == 1 else None
-        how |= {"color": colour, "label": label, "marker": marker, "ms": 4}
+        how |= {"color": colour, "label": label, "marker": marker, "clip_on": not marker}
         axes.plot(*zip(*points, strict=True), **how)
-
-
-def _shade_phases(axes: Axes, record: RunRecord, clock: Clock, named: bool = True) -> None:
-    """Shades warm-up and learning behind a plot over time and names the phases."""
-    phases = record.summary.get("phases") or {}
-    warm, learned = phases.get("warm_up_end"), phases.get("learning_end")
-    if warm is None or learned is None:
-        return
-    spans = (("warm-up", 0, warm), ("learning", warm, learned), ("cool-down", learned, clock.end))
-    for name, begin, end in spans:
-        if name == "learning":
-            axes.axvspan(clock(begin), clock(end), color=BAND, lw=0, zorder=0)
-        # A name that would run into its neighbour's is left out.
-        if named and end - begin > 0.12 * clock.end:
-            middle = (clock((begin + end) / 2), 1.01)
-            edge = axes.get_xaxis_transform()
-            axes.annotate(name, middle, xycoords=edge, ha="center", fontsize=7.5, color=MUTED)
-
-
-def _subplots(rows: int, columns: int, width: float, height: float, **how: Any) -> tuple[Any, Any]:
-    """A figure outside pyplot's global state, and its axes; sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **how)
-
-
-def _svg(figure: Figure, prefix: str) -> str:
-    """The figure as SVG to put into HTML: no XML head, no metadata, ids of its own."""
-    buffer = io.StringIO()
-    empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'<svg ([^>]*?)(?:width|height)="[^"]*pt"', r"<svg \1", text)
-    text = re.sub(r'<svg ([^>]*?)(?:width|height)="[^"]*pt"', r"<svg \1", text)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
-    for colour, name in _VARIABLES.items():
-        text = text.replace(colour, f"var(--{name})")
-    return text.replace("<svg ", '<svg aria-hidden="true" ', 1)

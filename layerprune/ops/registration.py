@@ -9,19 +9,30 @@ from torch import Tensor
 
 from layerprune.ops import reference
 from layerprune.ops.draw import independent_gates
+from layerprune.ops.reference import empty_rows, row_format, widen
 from layerprune.ops.schema import register
 
 
 def _fake(
-    x: Tensor, branch: Tensor, gate: Tensor, slot: Tensor | None, gate_grad_rows: Tensor | None,
-    relu: bool, lerp: bool,
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    slot: Tensor | None,
+    gate_grad_rows: Tensor | None,
+    relu: bool,
+    lerp: bool,
 ) -> Tensor:
-    return torch.empty_like(x, memory_format=reference.row_format(x))
+    return torch.empty_like(x, memory_format=row_format(x))
 
 
 def _forward(
-    x: Tensor, branch: Tensor, gate: Tensor, slot: Tensor | None, gate_grad_rows: Tensor | None,
-    relu: bool, lerp: bool,
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    slot: Tensor | None,
+    gate_grad_rows: Tensor | None,
+    relu: bool,
+    lerp: bool,
 ) -> Tensor:
     return reference.gated_residual(x, branch, gate, slot, relu, lerp)
 
@@ -30,7 +41,6 @@ def _kept(
     x: Tensor, branch: Tensor, slot: Tensor | None, rows: Tensor | None, lerp: bool
 ) -> Tensor:
     """What backward needs of the branch for the gate's gradient, see the reference's ``kept``."""
-    wide = reference.accumulation_dtype(x.dtype)
     if rows is None:
         if not lerp:
             return branch
@@ -39,13 +49,13 @@ def _kept(
             owner = torch.zeros(branch.shape[0] + 1, dtype=torch.int64, device=x.device)
             owner.scatter_(0, slot.long() + 1, torch.arange(x.shape[0], device=x.device))
             x = x.index_select(0, owner[1:])
-        return branch.to(wide) - x.to(wide)
+        return widen(branch) - widen(x)
     if branch.shape[0] == 0:
         return branch.new_zeros((rows.shape[0], *branch.shape[1:]))
     # A row without a slot reads row 0 here; backward gives its gate a gradient of 0.
     positions = rows if slot is None else slot.index_select(0, rows).clamp_(min=0)
     kept = branch.index_select(0, positions)
-    return kept.to(wide) - x.index_select(0, rows).to(wide) if lerp else kept
+    return widen(kept) - widen(x.index_select(0, rows)) if lerp else kept
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -64,12 +74,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _backward_fake(
-    grad: Tensor, y: Tensor | None, gate: Tensor, slot: Tensor | None, kept: Tensor | None,
-    gate_grad_rows: Tensor | None, branch_rows: int, lerp: bool,
+    grad: Tensor,
+    y: Tensor | None,
+    gate: Tensor,
+    slot: Tensor | None,
+    kept: Tensor | None,
+    gate_grad_rows: Tensor | None,
+    branch_rows: int,
+    lerp: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = reference.row_format(grad if y is None else y)
-    d_branch = grad.new_empty((branch_rows, *grad.shape[1:])).to(memory_format=layout)
-    return torch.empty_like(grad, memory_format=layout), d_branch, torch.empty_like(gate)
+    layout = row_format(grad if y is None else y)
+    d_x = torch.empty_like(grad, memory_format=layout)
+    return d_x, empty_rows(branch_rows, grad, layout), torch.empty_like(gate)
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
@@ -82,18 +98,28 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 gated_residual = register(
     "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? slot, Tensor? gate_grad_rows,"
     " bool relu, bool lerp) -> Tensor",
-    _forward, _fake, _backward, _setup_context,
+    _forward,
+    _fake,
+    _backward,
+    _setup_context,
 )
 
 gated_residual_backward = register(
     "gated_residual_backward(Tensor grad, Tensor? y, Tensor gate, Tensor? slot, Tensor? kept,"
     " Tensor? gate_grad_rows, SymInt branch_rows, bool lerp) -> (Tensor, Tensor, Tensor)",
-    reference.gated_residual_backward, _backward_fake, _refuse_double_backward,
+    reference.gated_residual_backward,
+    _backward_fake,
+    _refuse_double_backward,
 )
 
 
 def _sampled_forward(
-    x: Tensor, branch: Tensor, theta: Tensor, rng_state: Tensor, section: int, relu: bool,
+    x: Tensor,
+    branch: Tensor,
+    theta: Tensor,
+    rng_state: Tensor,
+    section: int,
+    relu: bool,
     lerp: bool,
 ) -> tuple[Tensor, Tensor]:
     gates = independent_gates(theta, x.shape[0], rng_state, section)
@@ -101,10 +127,15 @@ def _sampled_forward(
 
 
 def _sampled_fake(
-    x: Tensor, branch: Tensor, theta: Tensor, rng_state: Tensor, section: int, relu: bool,
+    x: Tensor,
+    branch: Tensor,
+    theta: Tensor,
+    rng_state: Tensor,
+    section: int,
+    relu: bool,
     lerp: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=reference.row_format(x))
+    y = torch.empty_like(x, memory_format=row_format(x))
     return y, theta.new_empty((x.shape[0],))
 
 
@@ -115,25 +146,22 @@ def _sampled_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 
 def _sampled_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_x, d_branch = sampled_gated_residual_backward(
-        grad, *ctx.saved_tensors, ctx.section, ctx.lerp
-    )
+    d_x, d_branch = sampled_gated_residual_backward(grad, *ctx.saved_tensors, ctx.section, ctx.lerp)
     return d_x, d_branch, None, None, None, None, None
 
 
 def _sampled_backward_reference(
     grad: Tensor, y: Tensor | None, theta: Tensor, rng_state: Tensor, section: int, lerp: bool
 ) -> tuple[Tensor, Tensor]:
-    gates = independent_gates(theta, grad.shape[0], rng_state, section)
-    return reference.gated_residual_backward(
-        grad, y, gates, None, None, None, grad.shape[0], lerp
-    )[:2]
+    rows = grad.shape[0]
+    gates = independent_gates(theta, rows, rng_state, section)
+    return reference.gated_residual_backward(grad, y, gates, None, None, None, rows, lerp)[:2]
 
 
 def _sampled_backward_fake(
     grad: Tensor, y: Tensor | None, theta: Tensor, rng_state: Tensor, section: int, lerp: bool
 ) -> tuple[Tensor, Tensor]:
-    layout = reference.row_format(grad if y is None else y)
+    layout = row_format(grad if y is None else y)
     return (
         torch.empty_like(grad, memory_format=layout),
         torch.empty_like(grad, memory_format=layout),
@@ -143,11 +171,16 @@ def _sampled_backward_fake(
 sampled_gated_residual = register(
     "sampled_gated_residual(Tensor x, Tensor branch, Tensor theta, Tensor rng_state, int section,"
     " bool relu, bool lerp) -> (Tensor y, Tensor gates)",
-    _sampled_forward, _sampled_fake, _sampled_backward, _sampled_setup_context,
+    _sampled_forward,
+    _sampled_fake,
+    _sampled_backward,
+    _sampled_setup_context,
 )
 
 sampled_gated_residual_backward = register(
     "sampled_gated_residual_backward(Tensor grad, Tensor? y, Tensor theta, Tensor rng_state,"
     " int section, bool lerp) -> (Tensor, Tensor)",
-    _sampled_backward_reference, _sampled_backward_fake, _refuse_double_backward,
+    _sampled_backward_reference,
+    _sampled_backward_fake,
+    _refuse_double_backward,
 )

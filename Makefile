@@ -1,0 +1,67 @@
+# Each target stands alone on a fresh machine with Python >= 3.10 and pip.
+#   make demo                         in .venv, made and filled on the first call
+#   make demo PYTHON=python3 VENV=    in the active Python; installs and downloads nothing
+PYTHON ?= python3
+VENV ?= .venv
+
+ifeq ($(strip $(VENV)),)
+RUN := $(PYTHON)
+READY := active-python
+# Straight from the tree, whether or not layerprune is installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+# Quoted with ", run with sh: what to do stands last.
+define check_python
+@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+    echo "'$(PYTHON)' was not found. Install Python >= 3.10, or name one: make PYTHON=python3.12" >&2; \
+    exit 1; }
+@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+    echo "layerprune needs Python >= 3.10, but '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1)." \
+         "Name a newer one: make PYTHON=python3.12" >&2; \
+    exit 1; }
+endef
+
+.PHONY: help demo test lint clean active-python
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "With 'PYTHON=python3 VENV=' they run in the active Python and install nothing."
+
+demo: $(READY)  ## train and prune on images of digits, a few minutes; writes runs/demo
+	$(RUN) -m layerprune demo --output runs/demo
+
+test: $(READY)  ## run the tests
+	$(RUN) -m pytest
+
+lint: $(READY)  ## check style and formatting
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:  ## remove build products and caches; .venv and runs stay
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find layerprune kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes before layerprune, whose build uses the torch that is there and not one of its own.
+# Some systems split ensurepip off from venv: there the system's own pip fills the environment.
+$(VENV)/.installed: pyproject.toml setup.py layerprune/_version.py
+	$(check_python)
+	@"$(VENV)/bin/python" -m pip --version >/dev/null 2>&1 \
+	    || "$(PYTHON)" -m venv --clear "$(VENV)" >/dev/null 2>&1 \
+	    || { "$(PYTHON)" -m venv --clear --without-pip "$(VENV)" && "$(VENV)/bin/python" \
+	         "$$("$(PYTHON)" -c 'import pip; print(pip.__path__[0])')" install --ignore-installed pip; }
+	"$(VENV)/bin/python" -m pip install --upgrade pip "setuptools>=77" wheel
+	"$(VENV)/bin/python" -m pip install torch torchvision
+	"$(VENV)/bin/python" -m pip install --no-build-isolation -e ".[train,dev]"
+	@touch $@
+
+active-python:
+	$(check_python)
+	@"$(PYTHON)" -c 'import importlib.util as u, sys; \
+	missing = [m for m in sys.argv[1:] if u.find_spec(m) is None]; \
+	missing and sys.exit("The active Python lacks " + ", ".join(missing) + \
+	". Install what pyproject.toml lists, or drop VENV= to have a .venv made.")' \
+	torch torchvision numpy sklearn safetensors tqdm matplotlib tensorboard yaml typer
