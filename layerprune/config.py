@@ -15,7 +15,10 @@ class PruneConfig:
 
     Attributes:
         theta_init: keep probability of every section at the start.
-        warm_up: share in which gates are drawn but theta is held.
+        warm_up: share in which gates are drawn but theta is held, at the least. Warm-up goes on until
+            some section is seen to pay: before that the network has learned nothing, and every section
+            looks useless.
+        warm_up_limit: share at which warm-up ends in any case.
         learning_end: share at which learning ends; a deterministic network trains from there on.
         horizon: share in which theta of a useless section falls from 1 to 0.
         noise_factor: bound c on the random walk's share of that way (4: a half; 16: a quarter).
@@ -34,6 +37,7 @@ class PruneConfig:
 
     theta_init: float = 0.5
     warm_up: float = 0.03
+    warm_up_limit: float = 0.1
     learning_end: float = 0.4
     horizon: float = 0.04
     noise_factor: float = 4.0
@@ -50,13 +54,14 @@ class PruneConfig:
     scheme: Literal["systematic", "independent"] = "systematic"
 
     def __post_init__(self) -> None:
-        unit = ("theta_init", "warm_up", "learning_end", "horizon", "tolerance", "level")
+        unit = ("theta_init", "warm_up", "warm_up_limit", "learning_end", "horizon", "tolerance", "level")
         for name in unit:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if not self.warm_up < self.learning_end:
+        if not self.warm_up <= self.warm_up_limit < self.learning_end:
             raise ValueError(
-                f"warm_up ({self.warm_up}) must end before learning_end ({self.learning_end})"
+                "warm_up <= warm_up_limit < learning_end must hold, got "
+                f"{self.warm_up}, {self.warm_up_limit} and {self.learning_end}"
             )
         if self.noise_factor < 0 or self.confidence < 0 or not 0 < self.probe_budget <= 1:
             raise ValueError(
@@ -86,13 +91,15 @@ class Schedule:
 
     Attributes:
         total_steps: steps of the whole run.
-        warm_up_end: first step of learning.
+        warm_up_end: first step that may belong to learning.
+        warm_up_limit: first step that belongs to learning in any case.
         learning_end: first step of cool-down.
         horizon: steps in which theta of a useless section falls from 1 to 0.
     """
 
     total_steps: int
     warm_up_end: int
+    warm_up_limit: int
     learning_end: int
     horizon: int
 
@@ -108,17 +115,12 @@ class Schedule:
                 f"total_steps must be the number of training steps as an int, got {total_steps!r}"
             )
         warm_up_end = math.ceil(config.warm_up * total_steps)
+        warm_up_limit = math.ceil(config.warm_up_limit * total_steps)
         learning_end = math.floor(config.learning_end * total_steps)
-        if learning_end - warm_up_end < 2 or total_steps - learning_end < 2:
+        if learning_end - warm_up_limit < 2 or total_steps - learning_end < 2:
             raise ValueError(
                 f"total_steps = {total_steps} leaves fewer than 2 steps to learning or cool-down: train "
                 "longer, or change warm_up and learning_end"
             )
         horizon = max(1, round(config.horizon * total_steps))
-        return cls(total_steps, warm_up_end, learning_end, horizon)
-
-    def phase(self, step: int) -> Phase:
-        """The phase that a step (from 0) belongs to."""
-        if step < self.warm_up_end:
-            return "warm-up"
-        return "learning" if step < self.learning_end else "cool-down"
+        return cls(total_steps, warm_up_end, warm_up_limit, learning_end, horizon)

@@ -137,17 +137,18 @@ class SequentialTest:
         return Verdict(found.mean > 0, found.mean, error, len(found.means))
 
     def hopeless(self, section: int, penalty: float) -> bool:
-        """Whether not even the last look could tell a section without any effect from one that pays.
+        """Whether the last look would tell nothing, neither for what was seen nor for no effect at all.
 
-        Judged by the spread alone: early in a run the loss differs too much from row to row, and
-        measuring is better put off. Such a stop can eliminate nothing, so it costs no level.
+        Early in a run the loss differs too much from row to row, and measuring is better put off. Such a
+        stop can eliminate nothing, so it costs no level.
         """
         found = self._differences.get(section)
         if found is None:
             return False
         error, freedom = found.moderated()
         final = error * math.sqrt(len(found.means) / 2**self.looks)
-        return student_tail(penalty / final, freedom) > self._level(section) if final > 0 else False
+        excess = max(penalty, abs(found.mean + penalty))
+        return final > 0 and student_tail(excess / final, freedom) > self._level(section)
 
     def verdict(self, section: int, penalty: float) -> Verdict | None:
         """The verdict of a look, or None between looks and while the test is undecided.

@@ -24,7 +24,8 @@ class Event:
         step: the training step at whose end it fell.
         section: the section's name.
         decision: ``"eliminated"``, ``"settled"``, ``"kept"`` (not eliminated, theta set back),
-            ``"reopened"`` (not settled, or settled no longer), ``"rounded-off"`` or ``"rounded-on"``.
+            ``"closed"`` (theta said it pays, the test does not: theta is set to 0 for a second test),
+            ``"rounded-off"`` or ``"rounded-on"``.
         by: ``"test"``, ``"rounding"`` or ``"attraction"``.
         difference: C(on) - C(off) that it rests on; None for the attraction rule.
         standard_error: of the difference.
@@ -61,7 +62,6 @@ class Judge:
         self.current: int | None = None
         self.turn = [0] * count
         self.due = [0] * count
-        self.paused_until = 0
         self.settlings = [0] * count
 
     def choose(
@@ -69,19 +69,18 @@ class Judge:
     ) -> int | None:
         """The section to measure in this step, or None.
 
-        While learning: those at 0 first, then those at 1, then settled ones that are due. Afterwards
-        every section still open, one at a time.
+        While learning: those that theta says are decided, then those it leans to keep, then settled
+        ones, whichever are due. Afterwards every section still open.
         """
         if self.current is not None:
             return self.current
         values = theta.tolist()
         still_open = [index for index, state in enumerate(status) if state == "open"]
-        if learning and step < self.paused_until:
-            return None
         if learning:
+            low, high = self.tolerance, 1 - self.tolerance
             groups = (
-                [i for i in still_open if values[i] <= self.tolerance],
-                [i for i in still_open if values[i] >= 1 - self.tolerance],
+                [i for i in still_open if not low < values[i] < high],
+                [i for i in still_open if values[i] >= 0.5],
                 [i for i, state in enumerate(status) if state == "settled"],
             )
             groups = tuple([i for i in group if self.due[i] <= step] for group in groups)
@@ -99,7 +98,7 @@ class Judge:
         index = self.current
         if learning:
             if self.test.hopeless(index, penalty):
-                self._pause(index, step)
+                self._put_off(index, step)
                 return None
             found = self.test.verdict(index, penalty)
             if found is not None or self.test.batches(index) == 0:
@@ -124,10 +123,9 @@ class Judge:
         self.settlings[index] += 1
         self.due[index] = step + self.recheck * 2 ** self.settlings[index]
 
-    def _pause(self, index: int, step: int) -> None:
-        # How much the loss differs from row to row is the network's state, not the section's.
+    def _put_off(self, index: int, step: int) -> None:
         self.test.reset(index)
-        self.paused_until = step + self.recheck // 4
+        self.due[index] = step + self.recheck // 2
         self.current = None
 
     def begin_rounding(self) -> None:
@@ -143,7 +141,6 @@ class Judge:
             "current": self.current,
             "turn": list(self.turn),
             "due": list(self.due),
-            "paused_until": self.paused_until,
             "settlings": list(self.settlings),
         }
 
@@ -153,4 +150,3 @@ class Judge:
         self.current = state["current"]
         self.turn, self.due = list(state["turn"]), list(state["due"])
         self.settlings = list(state["settlings"])
-        self.paused_until = state["paused_until"]

@@ -17,7 +17,7 @@ from layerprune.elimination import Verdict, in_domain_of_attraction
 from layerprune.gates import GateBank
 from layerprune.judge import Event, Judge, Status
 from layerprune.ledger import BACKWARD, Ledger
-from layerprune.ops.projected_step import STATISTICS
+from layerprune.ops.projected_step import STATISTICS, standard_error
 from layerprune.prior import penalties
 from layerprune.sections import Section, find_sections
 from layerprune.sections.discovery import Ignored
@@ -151,6 +151,7 @@ class LayerPruner:
         self._path: OutputPath | None = None
         self._measured: tuple[float, float, int] | None = None
         self._drawn = False
+        self._learning_since: int | None = None
         self.step_count = 0
         self.events: list[Event] = []
         self.ledger = Ledger()
@@ -170,7 +171,9 @@ class LayerPruner:
     @property
     def phase(self) -> Phase:
         """The phase of the step to come."""
-        return self.schedule.phase(self.step_count)
+        if self.step_count >= self.schedule.learning_end:
+            return "cool-down"
+        return "warm-up" if self._learning_since is None else "learning"
 
     @property
     def sections(self) -> tuple[SectionInfo, ...]:
@@ -228,6 +231,8 @@ class LayerPruner:
             if gone:
                 self._eliminate(gone, optimizer)
             self.step_count += 1
+            if phase == "warm-up" and self._warm():
+                self._learning_since = self.step_count
             if self.step_count == self.schedule.learning_end:
                 self._judge.begin_rounding()
             self._bank.advance()
@@ -277,6 +282,7 @@ class LayerPruner:
             "names": [section.name for section in self._sections],
             "total_steps": self.total_steps,
             "step_count": self.step_count,
+            "learning_since": self._learning_since,
             "status": list(self._status),
             "penalty": self.penalty.clone(),
             "bank": self._bank.state_dict(),
@@ -313,6 +319,7 @@ class LayerPruner:
         if self.step_count:
             raise ValueError("load the state into a pruner freshly made on the dense model")
         self.step_count = state["step_count"]
+        self._learning_since = state["learning_since"]
         self._status = list(state["status"])
         self.penalty.copy_(state["penalty"])
         self._bank.load_state_dict(state["bank"])
@@ -453,6 +460,12 @@ class LayerPruner:
             max_descending=config.max_descending,
         )
 
+    def _warm(self) -> bool:
+        if self.step_count < self.schedule.warm_up_end:
+            return False
+        bound = self._statistics[3] + 2 * standard_error(self._statistics) + self.penalty
+        return bool((bound < 0).any()) or self.step_count >= self.schedule.warm_up_limit
+
     def _decide(self, phase: Phase) -> list[int]:
         """Acts on the newest measurement; returns the sections to eliminate."""
         if self.config.rule == "attraction" and phase == "learning":
@@ -475,7 +488,7 @@ class LayerPruner:
         if not learning:
             decision = "rounded-off" if verdict.useless else "rounded-on"
         elif verdict.useless:
-            decision = "eliminated" if low else "reopened"
+            decision = "eliminated" if low else "closed"
         else:
             decision = "kept" if low else "settled"
         self._record(index, decision, "test" if learning else "rounding", verdict)
@@ -487,7 +500,7 @@ class LayerPruner:
             self._judge.settle(index, self.step_count)
         else:
             self._status[index] = "open"
-            self._bank.theta[index] = self._judge.reset_theta
+            self._bank.theta[index] = 0.0 if decision == "closed" else self._judge.reset_theta
             self._statistics[:, index] = 0
         return []
 
