@@ -40,7 +40,9 @@ class SectionDraw:
 class Gate:
     """The gate of one section.
 
-    ``training`` forwards use ``draw`` (``None``: the gate is open); others use ``is_open``. A copy or a
+    ``training`` forwards use ``draw``: a `SectionDraw`, or True or False where the gate is open or
+    closed for every row, or ``None`` where nothing was drawn; then, and in other forwards,
+    ``is_open`` holds. A copy or a
     pickle of a gate is open and knows nothing of the pruner: a copied model is a plain one.
     """
 
@@ -48,7 +50,7 @@ class Gate:
 
     def __init__(self, name: str = "section") -> None:
         self.name = name
-        self.draw: SectionDraw | None = None
+        self.draw: SectionDraw | bool | None = None
         self.is_open = True
         self.recorder: Callable[[Gate, Tensor], None] | None = None
         self.replay: deque[Tensor] | None = None
@@ -77,6 +79,8 @@ class Gate:
         draw = self.draw
         if not training or draw is None:
             return self.is_open
+        if isinstance(draw, bool):
+            return draw
         if draw.gate.shape[0] != batch_size:
             raise RuntimeError(
                 f"section {self.name!r} got {batch_size} rows but the gates were drawn for "
@@ -115,7 +119,7 @@ class GateBank:
         forced: dict[int, float] | None = None,
         record: bool = True,
         device: torch.device | str = "cpu",
-    ) -> ops.GateDraw:
+    ) -> list[int]:
         """Draws every section's gates for one batch and hands them to the gates.
 
         Args:
@@ -124,6 +128,9 @@ class GateBank:
             forced: theta to use, without probes, for some sections.
             record: whether gate gradients of this draw are evidence.
             device: where the branches run.
+
+        Returns:
+            For each section, the number of rows on which its branch runs.
         """
         theta, probe_rate = self._lagged[0], self.probe_rate
         if forced:
@@ -145,21 +152,34 @@ class GateBank:
         everywhere = self.config.estimator == "taylor"
         gates, slots = drawn.gates.to(device), drawn.slots.to(device)
         rows, probes = drawn.rows.to(device), drawn.probes.to(device)
-        leaves = []
-        for index, (running, probed) in enumerate(drawn.counts.tolist()):
-            gate = self.gates[index]
+        leaves, running = [], []
+        counts, thetas = drawn.counts.tolist(), theta.tolist()
+        for index, (gate, (count, probed)) in enumerate(zip(self.gates, counts, strict=True)):
+            graded = rows[index, :count] if everywhere else probes[index, :probed]
             if index in skip:
                 gate.draw = None
-                continue
-            graded = rows[index, :running] if everywhere else probes[index, :probed]
-            leaf = gates[index].detach()
-            if record and graded.shape[0] and not (forced and index in forced):
-                leaf.requires_grad_()
-                leaves.append((index, leaf, graded))
-            gate.draw = SectionDraw(leaf, slots[index], rows[index, :running], graded)
+            elif thetas[index] == 1 and graded.shape[0] == 0:
+                gate.draw = True
+            elif thetas[index] == 0 and graded.shape[0] == 0 and self._may_idle():
+                gate.draw, count = False, 0
+            else:
+                leaf = gates[index].detach()
+                if record and graded.shape[0] and not (forced and index in forced):
+                    leaf.requires_grad_()
+                    leaves.append((index, leaf, graded))
+                gate.draw = SectionDraw(leaf, slots[index], rows[index, :count], graded)
+            running.append(count)
         if leaves:
             self._pending.append(leaves)
-        return drawn
+        return running
+
+    def _may_idle(self) -> bool:
+        """Whether a branch that no row needs may be left out.
+
+        Not where other ranks wait for its gradients, nor where its weights are to decay.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return not distributed and self.config.rule != "attraction"
 
     def open_all(self) -> None:
         """Takes every draw away: the gates are open in training mode."""

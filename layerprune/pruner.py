@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -370,14 +371,13 @@ class LayerPruner:
         running = None
         with self.ledger.timed("draw"):
             if len(skip) < len(self._status) or forced:
-                drawn = self._bank.draw(
+                running = self._bank.draw(
                     batch_size,
                     skip=skip,
                     forced=forced,
                     record=recording,
                     device=next(self.model.parameters()).device,
                 )
-                running = drawn.counts[:, 0].tolist()
         if recording:
             self._account(batch_size, running)
         if candidate is not None:
@@ -557,7 +557,9 @@ class LayerPruner:
             rate[playing] = share
             budget -= share * len(playing)
         if others:
-            rate[others] = min(_PROBE_SHARE, budget / len(others))
+            # By turns, so that each one's rows are many at a time and rare.
+            turns = math.ceil(len(others) * _PROBE_SHARE / budget)
+            rate[others[self.step_count % turns :: turns]] = _PROBE_SHARE
 
     def _costs(self, cost: str | Mapping[str, float]) -> Tensor:
         names = [section.name for section in self._sections]

@@ -1,0 +1,225 @@
+"""The commands of ``layerprune``: what each one takes, runs and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+
+from layerprune import models
+from layerprune.training import data, demo, recipe
+from layerprune.training.assembly import pick_device
+from layerprune.training.checkpoint import load_model
+from layerprune.training.engine import train
+from layerprune.training.evaluation import compaction_difference, evaluate
+from layerprune.training.interrupt import Interrupted
+from layerprune.training.loop import TrainingDiverged
+from layerprune.training.outcome import versions
+from layerprune.training.report import write_report
+from layerprune.training.runfolder import (
+    CheckpointError,
+    RunFolderError,
+    holds_run,
+    locate,
+    read_args,
+)
+
+__all__ = ["FAILURES", "MISTAKES", "Interrupted", "app"]
+
+MISTAKES = (recipe.RecipeError, data.DataError, RunFolderError, CheckpointError, FileNotFoundError)
+"""What the user can set right."""
+FAILURES = (TrainingDiverged,)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train residual networks that find out which of their layers to drop.",
+)
+
+DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data set.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if any.")]
+
+
+@app.command("train")
+def train_command(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A recipe's name or a YAML file; see info."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE.")] = None,
+    data_dir: DataDir = None,
+    dataset: Annotated[str | None, typer.Option()] = None,
+    model: Annotated[str | None, typer.Option()] = None,
+    train_subset: Annotated[int | None, typer.Option(help="Train on so many images.")] = None,
+    epochs: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    opt: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    warmup_epochs: Annotated[
+        float | None,
+        typer.Option(help="Of the learning rate; theta's own is --set warm_up=SHARE."),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Loss that a layer of mean cost must be worth.")
+    ] = None,
+    cost: Annotated[str | None, typer.Option(help="flops, params or uniform.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that fetch data.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Do not prune.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A field of PruneConfig; repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output.")
+    ] = False,
+    device: Device = None,
+    checkpoint_hist: Annotated[int, typer.Option(min=1, help="Checkpoints to keep.")] = 2,
+) -> None:
+    """Train a network, pruning its depth meanwhile."""
+    if resume and output is None:
+        raise typer.BadParameter("--resume needs --output, the folder of the run to go on with")
+    if resume and name is None:
+        chosen, earlier = read_args(output)
+        data_dir = data_dir or earlier
+    else:
+        chosen = recipe.load(name or recipe.DEFAULT)
+    chosen = recipe.override(
+        chosen,
+        dataset=dataset,
+        model=model,
+        train_subset=train_subset,
+        epochs=epochs,
+        batch_size=batch_size,
+        opt=opt,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup_epochs=warmup_epochs,
+        strength=strength,
+        cost=cost,
+        seed=seed,
+        workers=workers,
+        prune=False if dense else None,
+        prune_config=chosen.prune_config | _assignments(settings or []),
+    )
+    output = output or Path("runs", chosen.name)
+    summary = train(
+        chosen,
+        data_dir,
+        output,
+        resume=resume,
+        device=device,
+        checkpoint_hist=checkpoint_hist,
+    )
+    if chosen.prune:
+        print(
+            f"accuracy {summary['accuracy']:.4f} with {summary['sections_kept']} of "
+            f"{summary['sections_total']} sections, for {summary['train_flops_fraction']:.1%} of "
+            f"the dense training FLOPs; inference {summary['inference_flops_fraction']:.1%}"
+        )
+    else:
+        print(f"accuracy {summary['accuracy']:.4f}")
+    print(f"report: {output / 'report.html'}")
+
+
+@app.command("eval")
+def eval_command(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_RUN")],
+    data_dir: DataDir = None,
+    device: Device = None,
+) -> None:
+    """Measure a network on the test images."""
+    model, structure, splits, where = _opened(path, data_dir, device)
+    loss, accuracy = evaluate(model, splits, where)
+    print(f"accuracy {accuracy:.4f}  loss {loss:.4f}  ({len(splits.test)} images)")
+
+
+@app.command("verify")
+def verify_command(
+    path: Annotated[Path, typer.Argument(metavar="RUN")],
+    data_dir: DataDir = None,
+    device: Device = None,
+) -> None:
+    """Compare a compacted network with the gated one, output for output."""
+    model, structure, splits, where = _opened(path, data_dir, device)
+    difference = compaction_difference(model, structure, splits, where)
+    print(f"largest difference over {len(splits.test)} test images: {difference:g}")
+    if difference != 0:
+        raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    baseline: Annotated[Path | None, typer.Option(help="A dense run to compare with.")] = None,
+) -> None:
+    """Write a run's report.html anew, finished or not."""
+    try:
+        print(write_report(run, baseline))
+    except ValueError as error:
+        raise RunFolderError(str(error)) from error
+
+
+@app.command("info")
+def info_command() -> None:
+    """Print versions, devices, recipes, models and data sets."""
+    for name, version in versions().items():
+        print(f"{name:<11} {version}")
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    print(f"{'devices':<11} {', '.join([*gpus, f'cpu ({torch.get_num_threads()} threads)'])}")
+    print(f"{'recipes':<11} {', '.join(recipe.names())}")
+    print(f"{'models':<11} {', '.join(models.names())}")
+    print(f"{'data sets':<11} {', '.join(data.NAMES)}")
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path, typer.Option()] = Path("runs/demo"),
+    name: Annotated[str, typer.Option("--recipe")] = recipe.DEFAULT,
+    seed: Annotated[int | None, typer.Option()] = None,
+    epochs: Annotated[int | None, typer.Option()] = None,
+    data_dir: DataDir = None,
+    device: Device = None,
+) -> None:
+    """Train the same network twice, dense and pruned, and compare the two."""
+    chosen = recipe.override(recipe.load(name), seed=seed, epochs=epochs)
+    result = demo.run(chosen, data_dir, output, device=device)
+    print(f"\n{result.table}\n")
+    print(f"report: {result.report}")
+
+
+def _assignments(settings: list[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs, the values read as YAML."""
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise recipe.RecipeError(f"--set takes KEY=VALUE, got {setting!r}")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise recipe.RecipeError(f"--set {setting!r}: the value is no YAML") from error
+    return values
+
+
+def _opened(path: Path, data_dir: Path | None, device: str | None) -> tuple:
+    """Model, structure, data and device of a checkpoint; the data's place as the run had it."""
+    folder = locate(path)
+    model, structure = load_model(folder)
+    if data_dir is None and holds_run(folder.parent):
+        data_dir = read_args(folder.parent)[1]
+    splits = data.load(structure["dataset"], data_dir)
+    where = pick_device(device)
+    kwargs = structure["builder"]["kwargs"]
+    for key in ("num_classes", "in_channels", "image_size"):
+        if kwargs[key] != getattr(splits, key):
+            raise CheckpointError(
+                f"{folder} was trained on data with {key} {kwargs[key]}, {structure['dataset']} in "
+                f"{data_dir} has {getattr(splits, key)}: give another --data-dir"
+            )
+    return model.to(where), structure, splits, where

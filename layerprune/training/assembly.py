@@ -1,0 +1,134 @@
+"""What a run is made of: device, network, pruner, optimizer and schedule, as a recipe says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from layerprune import models
+from layerprune.compaction import eliminate_sections
+from layerprune.pruner import LayerPruner
+from layerprune.training.checkpoint import example_inputs
+from layerprune.training.data import DataSplits
+from layerprune.training.recipe import Recipe, RecipeError
+
+__all__ = ["Network", "build_network", "learning_rate_factor", "make_optimizer", "pick_device"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to train.
+
+    Attributes:
+        model: on its device.
+        pruner: None for a dense run.
+        builder: name and kwargs for `layerprune.models.build`.
+        steps_per_epoch: a smaller last batch is left out.
+        total_steps: of the run.
+    """
+
+    model: nn.Module
+    pruner: LayerPruner | None
+    builder: dict[str, Any]
+    steps_per_epoch: int
+    total_steps: int
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of this name; without one the first GPU, or the CPU where there is none.
+
+    Raises:
+        RecipeError: no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise RecipeError(f"device {name!r} cannot be used: {first}") from error
+    return device
+
+
+def build_network(recipe: Recipe, splits: DataSplits, device: torch.device) -> Network:
+    """Builds the dense network for a data set, with a pruner on it if the recipe prunes.
+
+    Weights come from torch's default generator: seed it first.
+
+    Raises:
+        RecipeError: the model, the pruner or the number of steps does not go with the data.
+    """
+    steps = len(splits.train) // recipe.batch_size
+    if steps == 0:
+        raise RecipeError(
+            f"batch_size {recipe.batch_size} is more than the {len(splits.train)} training images: "
+            "choose a smaller one"
+        )
+    kwargs = dict(recipe.model_args) | {
+        "num_classes": splits.num_classes,
+        "in_channels": splits.in_channels,
+        "image_size": splits.image_size,
+    }
+    example = example_inputs(kwargs)
+    total = steps * recipe.epochs
+    try:
+        model = models.build(recipe.model, **kwargs)
+        eliminate_sections(model, recipe.without, example)
+        layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+        model.to(device=device, memory_format=layout)
+        pruner = None
+        if recipe.prune:
+            pruner = LayerPruner(
+                model,
+                example_inputs=example,
+                total_steps=total,
+                strength=recipe.strength,
+                cost=recipe.cost,
+                config=recipe.pruning(),
+                seed=recipe.seed,
+            )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"recipe {recipe.name}: {error}") from error
+    return Network(model, pruner, {"name": recipe.model, "kwargs": kwargs}, steps, total)
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+    """The recipe's optimizer over all parameters of a model, one group."""
+    common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    if recipe.opt == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), momentum=recipe.momentum, nesterov=recipe.nesterov, **common
+        )
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[recipe.opt](model.parameters(), **common)
+
+
+def learning_rate_factor(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
+    """The factor on the learning rate as a function of the step, from 0."""
+    warm = round(recipe.warmup_epochs * steps_per_epoch)
+    total = recipe.epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        if recipe.sched == "cosine":
+            return (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))) / 2
+        if recipe.sched == "multistep":
+            passed = sum(step >= epoch * steps_per_epoch for epoch in recipe.decay_milestones)
+            return recipe.decay_rate**passed
+        return 1.0
+
+    return factor
+
+
+def make_schedule(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> LambdaLR:
+    """The recipe's learning rate; step it after every step of the optimizer."""
+    return LambdaLR(optimizer, learning_rate_factor(recipe, steps_per_epoch))

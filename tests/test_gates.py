@@ -1,0 +1,298 @@
+"""Gates as a model sees them: draws, their life cycle, their place in the random stream."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from layerprune import GatedResidual, LayerPruner, PruneConfig
+from layerprune.gates import THETA_LAG, Gate, GateBank
+
+ROWS = 24
+
+
+def _mlp(sections=3):
+    torch.manual_seed(0)
+    blocks = [GatedResidual(nn.Sequential(nn.Linear(6, 6), nn.Tanh())) for _ in range(sections)]
+    return nn.Sequential(nn.Linear(4, 6), *blocks, nn.Linear(6, 2))
+
+
+def _pruner(model, **options):
+    settings = {"total_steps": 1000, "strength": 0.1} | options
+    return LayerPruner(model, example_inputs=torch.zeros(2, 4), **settings)
+
+
+def _draws(model):
+    return [
+        module._layerprune_gate.draw
+        for module in model.modules()
+        if isinstance(module, GatedResidual)
+    ]
+
+
+def _gates(model):
+    return torch.stack([draw.gate.detach() for draw in _draws(model)])
+
+
+@pytest.mark.parametrize("scheme", ["systematic", "independent"])
+def test_marginals_through_the_bank(scheme):
+    """Each row is open with probability theta and a probe with its rate, padded rows stay closed.
+
+    3 sections x 24 rows x 2 frequencies at |z| < 5 for 144 looks: false alarms below 1e-4.
+    """
+    theta = torch.tensor([0.03, 0.5, 0.9])
+    rate = torch.tensor([0.05, 0.2, 0.0])
+    config = PruneConfig(min_rows=6, row_multiple=4, scheme=scheme)
+    bank = GateBank(["a", "b", "c"], config, seed=5)
+    bank.theta.copy_(theta)
+    bank.probe_rate.copy_(rate)
+    for _ in range(THETA_LAG):
+        bank.advance()
+    opened, probed, count = torch.zeros(3, ROWS), torch.zeros(3, ROWS), 2500
+    for _ in range(count):
+        bank.draw(ROWS, record=False)
+        for index, gate in enumerate(bank.gates):
+            draw = gate.draw
+            running = torch.zeros(ROWS, dtype=torch.bool).index_fill_(0, draw.rows, True)
+            assert draw.rows.numel() >= 6
+            assert draw.rows.numel() % 4 == 0
+            assert draw.rows.equal(draw.rows.sort().values)
+            assert draw.slot.equal(torch.where(running, running.cumsum(0) - 1, -1).int())
+            assert not draw.gate[~running].any()
+            probe = torch.zeros(ROWS, dtype=torch.bool).index_fill_(0, draw.probes, True)
+            inside = (draw.gate > 0) & (draw.gate < 1)
+            assert inside.equal(probe)
+            probed[index] += probe
+            opened[index] += draw.gate == 1
+            if scheme == "systematic":
+                others = ROWS - int(probe.sum())
+                exact = float(theta[index]) * others
+                assert abs(float((draw.gate == 1).sum()) - exact) < 1
+                assert abs(float(probe.sum()) - float(rate[index]) * ROWS) < 1
+    for found, share in ((opened, theta * (1 - rate)), (probed, rate)):
+        expected = share[:, None].expand(3, ROWS)
+        # Systematic draws are less variable than Bernoulli ones over rows, as variable for one row.
+        error = (expected * (1 - expected) / count).sqrt()
+        assert bool(((found / count - expected).abs() <= 5 * error + 1e-9).all())
+
+
+def test_no_draw_is_repeated_over_forwards_and_a_saved_state():
+    model = _mlp()
+    pruner = _pruner(model, seed=3)
+    seen = []
+    for _ in range(40):
+        model(torch.randn(ROWS, 4))
+        seen.append(tuple(_gates(model).flatten().tolist()))
+    state = copy.deepcopy(pruner.state_dict())
+    following = []
+    for _ in range(20):
+        model(torch.randn(ROWS, 4))
+        following.append(tuple(_gates(model).flatten().tolist()))
+    assert len(set(seen + following)) == 60
+
+    other = _mlp()
+    resumed = _pruner(other, seed=99)
+    resumed.load_state_dict(state)
+    again = []
+    for _ in range(20):
+        other(torch.randn(ROWS, 4))
+        again.append(tuple(_gates(other).flatten().tolist()))
+    assert again == following
+
+
+def test_another_seed_draws_otherwise():
+    drawn = []
+    for seed in (0, 1, 0):
+        model = _mlp()
+        _pruner(model, seed=seed)
+        model(torch.randn(ROWS, 4))
+        drawn.append(_gates(model))
+    assert drawn[0].equal(drawn[2]) and not drawn[0].equal(drawn[1])
+
+
+def test_theta_reaches_the_draw_after_two_steps():
+    bank = GateBank(["a"], PruneConfig(theta_init=0.0), seed=0)
+    opened = []
+    for step in range(5):
+        if step == 1:
+            bank.theta.fill_(1.0)
+        bank.draw(8)
+        opened.append(float(bank.gates[0].draw.gate.sum()))
+        bank.advance()
+    # Set before the draw of step 1, which still saw the 0; so did step 2's.
+    assert THETA_LAG == 2
+    assert opened == [0.0, 0.0, 0.0, 8.0, 8.0]
+
+
+def test_a_forward_without_gradient_is_no_evidence():
+    model = _mlp()
+    pruner = _pruner(model)
+    spent = pruner.ledger.train_flops
+    with torch.no_grad():
+        model(torch.randn(ROWS, 4))
+    assert pruner._bank.collect(lambda rows: 1.0, 1.0) is None
+    assert pruner.ledger.train_flops == spent
+    model(torch.randn(ROWS, 4)).sum().backward()
+    with torch.no_grad():
+        model(torch.randn(ROWS, 4))
+    _, counted = pruner._bank.collect(lambda rows: 1.0, 1.0)
+    assert counted.shape[1] == ROWS
+
+
+def test_evaluation_draws_nothing():
+    model = _mlp()
+    pruner = _pruner(model)
+    number = pruner._bank.draw_number
+    model.eval()
+    x = torch.randn(ROWS, 4)
+    assert model(x).equal(model(x))
+    assert pruner._bank.draw_number == number
+    assert pruner._bank.collect(lambda rows: 1.0, 1.0) is None
+
+
+@pytest.mark.parametrize("theta, is_open", [(0.0, False), (0.49, False), (0.5, True), (1.0, True)])
+def test_evaluation_follows_theta(theta, is_open):
+    model = _mlp(1)
+    plain = copy.deepcopy(model).eval()
+    pruner = _pruner(model)
+    pruner._bank.theta.fill_(theta)
+    pruner._bank.advance()
+    model.eval()
+    x = torch.randn(5, 4)
+    expected = plain(x) if is_open else plain[2](plain[0](x))
+    assert model(x).equal(expected)
+
+
+def test_every_forward_before_a_step_counts():
+    """Two micro-batches: rows side by side, each with the factor of its own size."""
+    model = _mlp()
+    pruner = _pruner(model)
+    rows = []
+    for size in (8, 12):
+        model(torch.randn(size, 4)).square().sum(1).mean().backward()
+        for index, draw in enumerate(_draws(model)):
+            expected = torch.zeros(size)
+            expected[draw.probes] = draw.gate.grad[draw.probes] * size / 4.0
+            rows.append((index, size, expected, draw.probes))
+    slope, counted = pruner._bank.collect(float, 4.0)
+    assert slope.shape == counted.shape == (3, 20)
+    for index, size, expected, probes in rows:
+        part = slice(0, 8) if size == 8 else slice(8, 20)
+        torch.testing.assert_close(slope[index, part], expected)
+        assert counted[index, part].nonzero().flatten().equal(probes)
+    assert pruner._bank.collect(float, 1.0) is None
+
+
+def test_a_missing_gradient_is_no_evidence():
+    """The last section's output goes nowhere: its probes are not counted as zeros."""
+
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = GatedResidual(nn.Linear(4, 4))
+            self.unused = GatedResidual(nn.Linear(4, 4))
+
+        def forward(self, x):
+            x = self.used(x)
+            self.unused(x)
+            return x
+
+    model = Partly()
+    pruner = LayerPruner(
+        model, example_inputs=torch.zeros(2, 4), total_steps=100, strength=0.1, cost="uniform"
+    )
+    model(torch.randn(ROWS, 4)).square().mean().backward()
+    _, counted = pruner._bank.collect(float, 1.0)
+    assert bool(counted[0].any()) and not bool(counted[1].any())
+    model(torch.randn(ROWS, 4))
+    _, counted = pruner._bank.collect(float, 1.0)
+    assert not counted.any()
+
+
+def test_a_module_used_twice_has_one_draw():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = GatedResidual(nn.Linear(4, 4))
+
+        def forward(self, x):
+            return self.block(self.block(x))
+
+    model = Twice()
+    pruner = LayerPruner(model, example_inputs=torch.zeros(2, 4), total_steps=100, strength=0.1)
+    assert len(pruner.sections) == 1
+    x = torch.randn(ROWS, 4)
+    out = model(x)
+    gate = model.block._layerprune_gate.draw.gate.detach()[:, None]
+    once = x + gate * model.block.branch(x)
+    torch.testing.assert_close(out, once + gate * model.block.branch(once))
+
+
+def test_another_batch_size_names_the_section():
+    class Folds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = GatedResidual(nn.Linear(4, 4))
+
+        def forward(self, x):
+            return self.block(x.view(-1, 4)).view(x.shape)
+
+    model = Folds()
+    LayerPruner(model, example_inputs=torch.zeros(2, 8), total_steps=100, strength=0.1)
+    with pytest.raises(RuntimeError, match=r"'block' got 12 rows .* 6.*ignored"):
+        model(torch.randn(6, 8))
+
+
+def test_an_explicit_draw_serves_one_forward():
+    model = _mlp()
+    pruner = _pruner(model)
+    pruner.draw(ROWS)
+    gates = _gates(model)
+    model(torch.randn(ROWS, 4))
+    assert _gates(model).equal(gates)
+    model(torch.randn(ROWS, 4))
+    assert not _gates(model).equal(gates)
+
+
+def _pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_copy_is_a_plain_model(copied, training):
+    """Gates of a copy are open, whatever theta and the last draw are, and nothing draws for it."""
+    model = _mlp()
+    plain = copy.deepcopy(model).train(training)
+    pruner = _pruner(model)
+    pruner._bank.theta.fill_(0.1)
+    pruner._bank.advance()
+    x = torch.randn(ROWS, 4)
+    model(x).sum().backward()
+    twin = copied(model).train(training)
+    number = pruner._bank.draw_number
+    assert twin(x).equal(plain(x))
+    assert pruner._bank.draw_number == number
+
+
+def test_a_copied_gate_is_open():
+    gate = Gate("name")
+    gate.is_open = False
+    twin = copy.deepcopy(gate)
+    assert twin.is_open and twin.draw is None and twin.name == "name"
+
+
+def test_the_state_of_a_bank_is_a_copy():
+    bank = GateBank(["a"], PruneConfig(), seed=0)
+    state = bank.state_dict()
+    before = copy.deepcopy(state)
+    bank.theta.fill_(1.0)
+    bank.probe_rate.fill_(0.5)
+    bank.advance()
+    bank.draw(4)
+    assert repr(state) == repr(before)

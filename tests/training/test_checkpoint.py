@@ -1,0 +1,152 @@
+import json
+import pickle
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from layerprune.training import checkpoint, load
+from layerprune.training.engine import train
+from layerprune.training.runfolder import CheckpointError, marked
+
+WEIGHTS, STRUCTURE, TRAINING = "model.safetensors", "structure.json", "training.pt"
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """A finished pruned run; tests work on copies."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    recipe = replace(small, epochs=3, strength=0.3)
+    train(recipe, None, folder, progress=False, device="cpu")
+    return recipe, folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished[1], tmp_path / "run")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_markers_folders_and_runs_all_load(run):
+    last = run / "checkpoint-30"
+    for path in (run, run / "model", last, run / "last", str(last)):
+        model, structure = load(path)
+        assert structure["builder"]["name"] == "resnet20"
+        assert not model.training
+    shutil.rmtree(run / "model")
+    assert load(run)[1] == load(last)[1]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, STRUCTURE, TRAINING])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "garbage"])
+def test_damage_is_named(finished, run, name, damage):
+    path = run / "checkpoint-30" / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": content[:-20], "empty": b"", "garbage": b"\x80\x05x"}[damage])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        train(finished[0], None, run, resume=True, progress=False, device="cpu")
+    if name != TRAINING:
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            load(run / "checkpoint-30")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"schema": 99}, "schema version 99"),
+        ({"schema": None}, "schema version None"),
+        ({"builder": {"name": "os.system", "kwargs": {}}}, "unknown model"),
+        ({"builder": {"name": "resnet20", "kwargs": {"depth": 5}}}, "no argument depth"),
+        ({"builder": 3}, "damaged"),
+        ({"eliminated": ["head"]}, "'head' is no section"),
+        ({"eliminated": [["x"]]}, "damaged"),
+        ({"sections": [{"name": "x"}]}, "damaged"),
+    ],
+)
+def test_structures_that_are_refused(run, changes, words):
+    edit(run / "model" / STRUCTURE, **changes)
+    with pytest.raises(CheckpointError, match=words):
+        load(run)
+
+
+def test_weights_of_another_structure(run):
+    edit(run / "model" / STRUCTURE, eliminated=[], sections=[])
+    with pytest.raises(CheckpointError, match="does not fit.*Missing key"):
+        load(run)
+
+
+def test_a_checkpoint_of_another_model_is_not_resumed(finished, run):
+    path = run / "checkpoint-30" / STRUCTURE
+    builder = json.loads(path.read_text())["builder"]
+    edit(path, builder={"name": "resnet32", "kwargs": builder["kwargs"]})
+    with pytest.raises(CheckpointError, match="another model.*resnet32"):
+        train(finished[0], None, run, resume=True, progress=False, device="cpu")
+
+
+def test_state_of_another_run_is_not_resumed(finished, run):
+    path = run / "checkpoint-30" / TRAINING
+    training = torch.load(path, weights_only=True)
+    training["pruner"]["total_steps"] = 31
+    torch.save(training, path)
+    with pytest.raises(CheckpointError, match="31 steps"):
+        train(finished[0], None, run, resume=True, progress=False, device="cpu")
+
+
+class Exploit:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize("dump", [pickle.dump, torch.save])
+def test_no_code_runs_on_loading(finished, run, capsys, dump):
+    with open(run / "checkpoint-30" / TRAINING, "wb") as file:
+        dump({"place": Exploit()}, file)
+    with pytest.raises(CheckpointError, match=r"training\.pt"):
+        train(finished[0], None, run, resume=True, progress=False, device="cpu")
+    assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["../../etc", "checkpoint-30/..", "", "checkpoint-31"])
+def test_markers_that_point_elsewhere(run, content):
+    (run / "last").write_text(content)
+    with pytest.raises(CheckpointError, match="last"):
+        marked(run, "last")
+
+
+def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint-1"
+    structure = checkpoint.structure_of({"name": "x", "kwargs": {}}, "digits", [], [])
+    checkpoint.save(folder, {"w": torch.zeros(2)}, structure, {"a": 1})
+
+    def crash(*arguments):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(torch, "save", crash)
+        with pytest.raises(OSError, match="disk full"):
+            checkpoint.save(folder, {"w": torch.ones(2)}, structure, {"a": 2})
+    assert checkpoint.read_weights(folder)["w"].tolist() == [0, 0]
+    assert checkpoint.read_training(folder) == {"a": 1}
+    # The next one takes its place, and cleans up.
+    checkpoint.save(folder, {"w": torch.ones(2)}, structure, {"a": 2})
+    assert checkpoint.read_weights(folder)["w"].tolist() == [1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_foreign_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
+        load(tmp_path)
+
+
+def test_a_dense_run_loads_too(finished, tmp_path):
+    dense = replace(finished[0], prune=False, epochs=1)
+    train(dense, None, tmp_path / "dense", progress=False, device="cpu")
+    model, structure = load(tmp_path / "dense")
+    assert structure["eliminated"] == [] and "block1_1.branch.conv1.weight" in model.state_dict()

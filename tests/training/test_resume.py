@@ -1,0 +1,186 @@
+"""A resumed run equals the uninterrupted one bit for bit, wherever it was stopped."""
+
+import csv
+import json
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten_with_path
+
+from layerprune.training import loop
+from layerprune.training.checkpoint import read_training, read_weights
+from layerprune.training.engine import train
+from layerprune.training.interrupt import Interrupted
+from layerprune.training.records import read_run
+
+TIMES = {"seconds", "train_seconds", "draw_seconds", "step_seconds", "test_seconds", "overhead"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs each recipe once, uninterrupted, keeping a checkpoint an epoch."""
+    runs = {}
+
+    def run(recipe):
+        key = json.dumps(recipe.as_dict())
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp("whole") / "run"
+            train(recipe, None, runs[key], progress=False, device="cpu", checkpoint_hist=99)
+        return runs[key]
+
+    return run
+
+
+def stopped_at(monkeypatch, step):
+    """Ctrl-C while the given step is under way."""
+    original = loop.Loop._step
+
+    def interrupted(self, *batch):
+        if self.session.place.step + 1 == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *batch)
+
+    monkeypatch.setattr(loop.Loop, "_step", interrupted)
+
+
+def assert_same_runs(one, other):
+    for name in ("events.jsonl", "theta.csv", "args.yaml"):
+        if (one / name).exists() or (other / name).exists():
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    tables = []
+    for run in (one, other):
+        with open(run / "summary.csv") as file:
+            tables.append([{**row, "seconds": None} for row in csv.DictReader(file)])
+    assert tables[0] == tables[1]
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
+    first, second = ({k: v for k, v in s.items() if k not in TIMES} for s in summaries)
+    assert first == second
+    for folder in ("model", (one / "last").read_text().strip()):
+        weights = [read_weights(run / folder) for run in (one, other)]
+        assert weights[0].keys() == weights[1].keys()
+        for name in weights[0]:
+            assert torch.equal(weights[0][name], weights[1][name]), name
+    last = (one / "last").read_text().strip()
+    leaves = [tree_flatten_with_path(read_training(run / last))[0] for run in (one, other)]
+    assert [path for path, _ in leaves[0]] == [path for path, _ in leaves[1]]
+    for (path, a), (_, b) in zip(*leaves, strict=True):
+        if str(path[-1]).strip("'[].").strip("'") in TIMES:
+            continue
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        # NaN stands for a variance that is not known.
+        assert same or a != a and b != b, path
+
+
+def resumed(recipe, folder):
+    return train(
+        recipe, None, folder, resume=True, progress=False, device="cpu", checkpoint_hist=99
+    )
+
+
+def eliminations(run):
+    events = read_run(run).events
+    return [e["step"] for e in events if e["decision"] in ("eliminated", "rounded-off")]
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_killed_after_any_epoch(small, whole, tmp_path, opt):
+    small = replace(small, opt=opt, nesterov=opt == "sgd", lr=0.05 if opt == "sgd" else 0.003)
+    run = whole(small)
+    steps = [10, 20, 30, 40, 50]
+    assert min(eliminations(run)) < 40, "sections are to go before some of the checkpoints"
+    for step in steps[:: 1 if opt == "sgd" else 3]:
+        copy = shutil.copytree(run, tmp_path / str(step))
+        for later in range(step + 10, 70, 10):
+            shutil.rmtree(copy / f"checkpoint-{later}")
+        shutil.rmtree(copy / "model")
+        (copy / "best").unlink()
+        (copy / "last").write_text(f"checkpoint-{step}\n")
+        with open(copy / "events.jsonl", "a") as file:
+            file.write('{"step": 60, "sec')  # the line it was killed in
+        resumed(small, copy)
+        assert_same_runs(run, copy)
+
+
+@pytest.mark.parametrize("where", ["before", "at", "after", "learning's end", "cool-down"])
+def test_stopped_in_the_middle_of_an_epoch(small, whole, tmp_path, monkeypatch, where):
+    run = whole(small)
+    first = min(eliminations(run))
+    step = {
+        "before": first - 1,
+        "at": first,
+        "after": first + 3,
+        "learning's end": read_run(run).summary["phases"]["learning_end"],
+        "cool-down": 53,
+    }[where]
+    with monkeypatch.context() as patch:
+        stopped_at(patch, step)
+        with pytest.raises(Interrupted) as stop:
+            train(small, None, tmp_path / "run", progress=False, device="cpu", checkpoint_hist=99)
+    assert stop.value.step == step
+    assert f"checkpoint-{step}\n" == (tmp_path / "run" / "last").read_text()
+    resumed(small, tmp_path / "run")
+    assert_same_runs(run, tmp_path / "run")
+
+
+def test_stopped_at_an_epochs_last_step_and_in_the_first(small, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    for step, resume in ((3, False), (20, True)):
+        with monkeypatch.context() as patch:
+            stopped_at(patch, step)
+            with pytest.raises(Interrupted):
+                train(
+                    small,
+                    None,
+                    folder,
+                    resume=resume,
+                    progress=False,
+                    device="cpu",
+                    checkpoint_hist=99,
+                )
+        assert len(read_run(folder).epochs) == step // 10
+    resumed(small, folder)
+    assert_same_runs(whole(small), folder)
+
+
+def test_stopped_dense_run(small, whole, tmp_path, monkeypatch):
+    dense = replace(small, prune=False, epochs=2)
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 14)
+        with pytest.raises(Interrupted):
+            train(dense, None, tmp_path / "run", progress=False, device="cpu")
+    resumed(dense, tmp_path / "run")
+    assert_same_runs(whole(dense), tmp_path / "run")
+
+
+def test_stopped_before_the_first_checkpoint_begins_again(small, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def crash(*arguments):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(small, None, folder, progress=False, device="cpu")
+    resumed(small, folder)
+    assert_same_runs(whole(small), folder)
+
+
+def test_a_finished_run_may_be_finished_again(small, whole, tmp_path):
+    copy = shutil.copytree(whole(small), tmp_path / "run")
+    (copy / "summary.json").unlink()
+    resumed(small, copy)
+    assert_same_runs(whole(small), copy)
+
+
+def test_workers_may_change(small, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 13)
+        with pytest.raises(Interrupted):
+            train(small, None, folder, progress=False, device="cpu", checkpoint_hist=99)
+    resumed(replace(small, workers=1), folder)
+    assert_same_runs(whole(small), folder)
