@@ -70,14 +70,17 @@ def remove_sections(
         check_optimizer(model, optimizer)
     before = {id(p) for p in model.parameters()}
     for section in sections:
-        remainder = section.adapter.remainder(
-            section.module, _nonnegative_input(model, section.name)
-        )
-        remainder.train(section.module.training)
-        for parent in list(model.modules()):
-            for key, child in list(parent.named_children()):
-                if child is section.module:
-                    setattr(parent, key, remainder)
+        module = section.module
+        places = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+        nonnegative = all(_nonnegative_input(model, place) for place in places)
+        remainder = section.adapter.remainder(module, nonnegative)
+        old = set(module.modules())
+        for part in remainder.modules():
+            if part not in old:
+                part.training = module.training
+        for place in places:
+            path, _, key = place.rpartition(".")
+            setattr(model.get_submodule(path), key, remainder)
     if optimizer is not None:
         gone = before - {id(p) for p in model.parameters()}
         for group in optimizer.param_groups:

@@ -37,7 +37,7 @@ class PruneConfig:
 
     theta_init: float = 0.5
     warm_up: float = 0.03
-    warm_up_limit: float = 0.1
+    warm_up_limit: float = 0.08
     learning_end: float = 0.4
     horizon: float = 0.04
     noise_factor: float = 4.0
@@ -48,7 +48,7 @@ class PruneConfig:
     rule: Literal["test", "attraction"] = "test"
     tolerance: float = 0.02
     level: float = 0.05
-    looks: int = 5
+    looks: int = 4
     min_rows: int = 4
     row_multiple: int = 1
     scheme: Literal["systematic", "independent"] = "systematic"

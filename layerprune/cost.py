@@ -45,24 +45,38 @@ def evaluating(model: nn.Module):
             module.training = training
 
 
-def dry_run(model: nn.Module, inputs: Inputs, batch_size: int | None = None) -> object:
+def batch_tensors(inputs: object) -> list[Tensor]:
+    """The tensors that may carry the batch: the first one, and all with as many rows."""
+    rows = batch_size_of(inputs)
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    return [tensor for tensor in tensors if tensor.shape[0] == rows]
+
+
+def dry_run(
+    model: nn.Module,
+    inputs: Inputs,
+    batch_size: int | None = None,
+    resized: Sequence[Tensor] | None = None,
+) -> object:
     """The model's output on the meta device, in eval mode: shapes without arithmetic.
 
     Args:
         model: left as it is.
-        inputs: example inputs; tensors whose first dimension is the batch are resized.
+        inputs: example inputs.
         batch_size: rows to pretend; ``None`` for as many as the example has.
+        resized: the tensors of ``inputs`` that get this number of rows; ``None`` for all that may
+            carry the batch.
 
     Returns:
         Whatever the model returns, on the meta device.
     """
-    rows = batch_size_of(inputs)
+    chosen = set(map(id, batch_tensors(inputs) if resized is None else resized))
 
     def to_meta(leaf: object) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
         shape = list(leaf.shape)
-        if shape and shape[0] == rows and batch_size is not None:
+        if batch_size is not None and id(leaf) in chosen:
             shape[0] = batch_size
         return torch.empty(shape, dtype=leaf.dtype, device="meta")
 

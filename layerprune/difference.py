@@ -12,21 +12,42 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from layerprune import ops
+from layerprune.elimination import Measurement
 from layerprune.gates import Gate
 
 _PATH_STREAM = 1 << 61
 """Sets the random stream of the output path apart from the one of the gates."""
 
 
+class RandomState:
+    """The default generators' state, of the CPU and of the devices that hold the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        self.capture()
+
+    def capture(self) -> None:
+        """Notes the present state."""
+        self._cpu = torch.get_rng_state()
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in self._devices}
+
+    def restore(self) -> None:
+        """Goes back to the state noted."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
 @contextmanager
 def side_forward(model: nn.Module) -> Iterator[None]:
     """Lets a forward leave no trace: no graph, buffers and random state as before."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    random = RandomState(model)
+    with torch.no_grad():
         try:
             yield
         finally:
+            random.restore()
             for buffer, saved in buffers:
                 # Through `.data`: a training forward may have saved the buffer for its backward, which
                 # would take the restored value for a change.
@@ -75,6 +96,7 @@ class OutputPath:
         index: the section measured.
         gate: its gate.
         gates: all gates of the model.
+        model: the model, just ahead of its training forward.
         trained_on: whether the training forward has the section on.
         rng: seed and number that t is drawn by.
         rows_factor: what turns dC/dout of a row into the derivative of the row's own loss.
@@ -85,6 +107,7 @@ class OutputPath:
         index: int,
         gate: Gate,
         gates: Sequence[Gate],
+        model: nn.Module,
         *,
         trained_on: bool,
         rng: tuple[int, int],
@@ -103,14 +126,21 @@ class OutputPath:
         self._earlier: dict[Gate, deque[Tensor]] = {}
         self._per_row: Tensor | None = None
         self._common: Tensor | None = None
+        # The same dropout masks at both ends: the second forward starts from the same random state, and
+        # takes it up again at the section, whatever the sections before it would have drawn.
+        self._start, self._entry = RandomState(model), RandomState(model)
+        gate.on_entry = self._reach
         for other in gates:
             other.recorder = self._record
 
+    def _reach(self) -> None:
+        self._gate.on_entry = None
+        self._stop_recording()
+        self._entry.capture()
+
     def _record(self, gate: Gate, output: Tensor) -> None:
-        if gate is self._gate:
-            self._stop_recording()
-        else:
-            self._earlier.setdefault(gate, deque()).append(output.detach())
+        # A copy: what comes next may work in place.
+        self._earlier.setdefault(gate, deque()).append(output.detach().clone())
 
     def _stop_recording(self) -> None:
         for gate in self._gates:
@@ -130,11 +160,14 @@ class OutputPath:
         self._stop_recording()
         for gate, outputs in self._earlier.items():
             gate.replay = outputs
+        self._gate.on_entry = self._entry.restore
         try:
             with side_forward(model), forced(self._gate, not self.trained_on):
+                self._start.restore()
                 # `forward`, not a call: the pruner's hooks must not draw for it.
                 others, _ = tree_flatten(model.forward(*args, **kwargs))
         finally:
+            self._gate.on_entry = None
             for gate in self._earlier:
                 gate.replay = None
         leaves, spec = tree_flatten(output)
@@ -154,7 +187,7 @@ class OutputPath:
         def record(gradient: Tensor) -> None:
             product = gradient.detach().double() * away.double()
             if by_row:
-                rows = product.flatten(1).sum(1) * (self._sign * self._rows_factor)
+                rows = product.reshape(product.shape[0], -1).sum(1) * (self._sign * self._rows_factor)
                 self._per_row = rows if self._per_row is None else self._per_row + rows
             else:
                 whole = product.sum() * self._sign
@@ -163,8 +196,8 @@ class OutputPath:
         moved.register_hook(record)
         return moved
 
-    def result(self, scale: float = 1.0) -> tuple[float, float, int] | None:
-        """Mean, variance of the mean (NaN without rows) and rows; None if no gradient came.
+    def result(self, scale: float = 1.0) -> Measurement | None:
+        """The measurement, or None if no gradient came.
 
         Args:
             scale: divisor of the gradients, as a gradient scaler's.
@@ -173,11 +206,13 @@ class OutputPath:
             return None
         common = 0.0 if self._common is None else float(self._common) / scale
         if self._per_row is None:
-            return common, math.nan, 0
+            return Measurement(common, math.nan, math.nan, 0)
         rows = self._per_row / scale
         count = rows.shape[0]
+        mean = rows.mean()
+        third = float((rows - mean).pow(3).mean())
         variance = float(rows.var()) / count if count > 1 else math.nan
-        return float(rows.mean()) + common, variance, count
+        return Measurement(float(mean) + common, variance, third, count)
 
 
 def _carries_gradient(leaf: object) -> bool:

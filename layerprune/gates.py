@@ -46,12 +46,13 @@ class Gate:
     pickle of a gate is open and knows nothing of the pruner: a copied model is a plain one.
     """
 
-    __slots__ = ("draw", "is_open", "name", "recorder", "replay")
+    __slots__ = ("draw", "is_open", "name", "on_entry", "recorder", "replay")
 
     def __init__(self, name: str = "section") -> None:
         self.name = name
         self.draw: SectionDraw | bool | None = None
         self.is_open = True
+        self.on_entry: Callable[[], None] | None = None
         self.recorder: Callable[[Gate, Tensor], None] | None = None
         self.replay: deque[Tensor] | None = None
 
@@ -65,6 +66,8 @@ class Gate:
         """Runs the section's forward, or repeats what an earlier one on the same batch gave."""
         if self.replay:
             return self.replay.popleft()
+        if self.on_entry is not None:
+            self.on_entry()
         output = forward()
         if self.recorder is not None:
             self.recorder(self, output)
@@ -157,7 +160,7 @@ class GateBank:
         for index, (gate, (count, probed)) in enumerate(zip(self.gates, counts, strict=True)):
             graded = rows[index, :count] if everywhere else probes[index, :probed]
             if index in skip:
-                gate.draw = None
+                gate.draw, count = None, batch_size
             elif thetas[index] == 1 and graded.shape[0] == 0:
                 gate.draw = True
             elif thetas[index] == 0 and graded.shape[0] == 0 and self._may_idle():

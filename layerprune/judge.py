@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from layerprune.config import PruneConfig
-from layerprune.elimination import SequentialTest, Verdict
+from layerprune.elimination import Measurement, SequentialTest, Verdict
 
 Status = Literal["open", "settled", "eliminated"]
 
 ROUNDING_BATCHES = 8
-"""Batches on which an undecided section is rounded when learning is over."""
+"""Batches on which an undecided section is rounded when learning is over, at the most."""
+
+
+LEANING = 0.75
+"""Theta from which on a section is measured, if nothing else is to do, without waiting for 1."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +52,31 @@ class Event:
 class Judge:
     """Measures one section at a time and decides about it.
 
+    An attempt begins where the newest measurement says that it promises a verdict; else a single pilot
+    batch is measured now and then, which is no part of any attempt.
+
     Args:
-        count: sections in the run.
+        penalty: float32 ``[L]``, what each section must be worth.
         config: the pruner's settings.
         recheck: steps after which a settled section is measured again; doubled each time.
     """
 
-    def __init__(self, count: int, config: PruneConfig, recheck: int) -> None:
+    def __init__(self, penalty: Tensor, config: PruneConfig, recheck: int) -> None:
+        count = penalty.shape[0]
+        self.penalty = penalty.tolist()
         self.test = SequentialTest(count, level=config.level, looks=config.looks)
         self.tolerance = config.tolerance
-        self.reset_theta = max(0.5, config.theta_init)
         self.recheck = recheck
         self.current: int | None = None
+        self.piloting = False
+        self.newest: Measurement | None = None
+        self.next_pilot = 0
+        self.rounding_batches = 0
         self.turn = [0] * count
         self.due = [0] * count
         self.settlings = [0] * count
 
-    def choose(
-        self, step: int, theta: Tensor, status: list[Status], learning: bool
-    ) -> int | None:
+    def choose(self, step: int, theta: Tensor, status: list[Status], learning: bool) -> int | None:
         """The section to measure in this step, or None.
 
         While learning: those that theta says are decided, then those it leans to keep, then settled
@@ -74,71 +84,92 @@ class Judge:
         """
         if self.current is not None:
             return self.current
-        values = theta.tolist()
-        still_open = [index for index, state in enumerate(status) if state == "open"]
-        if learning:
-            low, high = self.tolerance, 1 - self.tolerance
-            groups = (
-                [i for i in still_open if not low < values[i] < high],
-                [i for i in still_open if values[i] >= 0.5],
-                [i for i, state in enumerate(status) if state == "settled"],
-            )
-            groups = tuple([i for i in group if self.due[i] <= step] for group in groups)
-        else:
-            groups = (still_open,)
-        for group in groups:
+        for group in self._groups(step, theta.tolist(), status, learning):
             if group:
-                self.current = min(group, key=lambda i: (self.turn[i], values[i], i))
-                self.turn[self.current] += 1
-                return self.current
+                index = min(group, key=lambda i: (self.turn[i], float(theta[i]), i))
+                return self._start(index, step, learning)
         return None
 
-    def verdict(self, step: int, penalty: float, learning: bool) -> Verdict | None:
-        """What the measurements of the current section say by now; None to go on measuring."""
-        index = self.current
-        if learning:
-            if self.test.hopeless(index, penalty):
-                self._put_off(index, step)
-                return None
-            found = self.test.verdict(index, penalty)
-            if found is not None or self.test.batches(index) == 0:
-                self.current = None
-            return found
-        if self.test.batches(index) < ROUNDING_BATCHES:
-            return None
-        return self.round(penalty)
+    def _groups(
+        self, step: int, theta: list[float], status: list[Status], learning: bool
+    ) -> list[list[int]]:
+        still_open = [index for index, state in enumerate(status) if state == "open"]
+        if not learning:
+            return [still_open]
+        low, high = self.tolerance, 1 - self.tolerance
+        groups = (
+            [i for i in still_open if not low < theta[i] < high],
+            [i for i in still_open if theta[i] >= LEANING],
+            [i for i, state in enumerate(status) if state == "settled"],
+        )
+        return [[i for i in group if self.due[i] <= step] for group in groups]
 
-    def round(self, penalty: float) -> Verdict | None:
-        """The likelier of the two decisions about the current section, significant or not."""
-        evidence = self.test.evidence(self.current)
-        self.test.reset(self.current)
-        self.current = None
-        if evidence is None:
+    def _start(self, index: int, step: int, learning: bool) -> int | None:
+        promising = self.newest is not None and self._no_effect_shows(index)
+        self.piloting = learning and not promising
+        if self.piloting and step < self.next_pilot:
             return None
-        useless = evidence.difference + penalty > 0
-        return Verdict(useless, evidence.difference, evidence.standard_error, evidence.batches)
+        self.current = index
+        self.turn[index] += 1
+        return index
+
+    def _no_effect_shows(self, index: int) -> bool:
+        """Whether a section without effect would show, if its rows spread like the newest ones."""
+        penalty = self.penalty[index]
+        silent = replace(self.newest, mean=0.0)
+        return self.test.worthwhile(index, penalty, silent)
+
+    def hear(self, measurement: Measurement, step: int, learning: bool) -> Verdict | None:
+        """Takes the current section's measurement; returns a verdict when there is one."""
+        index = self.current
+        penalty = self.penalty[index]
+        self.newest = measurement
+        if self.piloting:
+            self.piloting = False
+            if not self.test.worthwhile(index, penalty, measurement):
+                self.current = None
+                self.due[index] = step + self.recheck // 2
+                self.next_pilot = step + self.recheck // 8
+            return None
+        self.test.add(index, measurement)
+        if not learning:
+            return self._round(penalty)
+        found = self.test.verdict(index, penalty)
+        if found is not None or self.test.batches(index) == 0:
+            self.current = None
+        return found
+
+    def _round(self, penalty: float) -> Verdict | None:
+        """The likelier of the two decisions about the current section, significant or not."""
+        index, count = self.current, self.test.batches(self.current)
+        if count < self.rounding_batches:
+            return None
+        found = self.test.evidence(index)
+        self.test.reset(index)
+        self.current = None
+        return Verdict(found.mean + penalty > 0, found.mean, found.error, count)
 
     def settle(self, index: int, step: int) -> None:
         """Notes that a section was confirmed, and when to look at it again: ever more rarely."""
         self.settlings[index] += 1
         self.due[index] = step + self.recheck * 2 ** self.settlings[index]
 
-    def _put_off(self, index: int, step: int) -> None:
-        self.test.reset(index)
-        self.due[index] = step + self.recheck // 2
-        self.current = None
-
-    def begin_rounding(self) -> None:
-        """Starts the measurements of undecided sections afresh."""
+    def begin_rounding(self, undecided: int, steps: int) -> None:
+        """Starts the measurements of undecided sections afresh, within half of the steps left."""
         if self.current is not None:
             self.test.reset(self.current)
-        self.current = None
+        self.current, self.piloting = None, False
+        self.rounding_batches = max(1, min(ROUNDING_BATCHES, steps // (2 * max(undecided, 1))))
 
     def state_dict(self) -> dict:
         """The queue and the test's evidence."""
         return {
             "test": self.test.state_dict(),
             "current": self.current,
+            "piloting": self.piloting,
+            "newest": self.newest and asdict(self.newest),
+            "next_pilot": self.next_pilot,
+            "rounding_batches": self.rounding_batches,
             "turn": list(self.turn),
             "due": list(self.due),
             "settlings": list(self.settlings),
@@ -147,6 +178,8 @@ class Judge:
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` returned."""
         self.test.load_state_dict(state["test"])
-        self.current = state["current"]
+        self.newest = Measurement(**state["newest"]) if state["newest"] else None
+        self.current, self.piloting = state["current"], state["piloting"]
+        self.next_pilot, self.rounding_batches = state["next_pilot"], state["rounding_batches"]
         self.turn, self.due = list(state["turn"]), list(state["due"])
         self.settlings = list(state["settlings"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,7 +14,7 @@ from layerprune.compaction import check_optimizer, remove_sections
 from layerprune.config import Phase, PruneConfig, Schedule
 from layerprune.cost import Inputs, batch_size_of, forward_flops
 from layerprune.difference import OutputPath
-from layerprune.elimination import Verdict, in_domain_of_attraction
+from layerprune.elimination import Measurement, Verdict, in_domain_of_attraction
 from layerprune.gates import GateBank
 from layerprune.judge import Event, Judge, Status
 from layerprune.ledger import BACKWARD, Ledger
@@ -72,6 +72,22 @@ class StepReport:
     changed: bool
     eliminated: tuple[str, ...]
     events: tuple[Event, ...]
+
+
+class _Hook:
+    """A forward hook that a copy or a pickle of the model does not take along."""
+
+    def __init__(self, call: Callable[..., object] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *args: object) -> object:
+        return None if self._call is None else self._call(*args)
+
+    def __deepcopy__(self, memo: dict) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple:
+        return _Hook, ()
 
 
 class LayerPruner:
@@ -148,9 +164,9 @@ class LayerPruner:
         self._statistics = torch.zeros(STATISTICS, count)
         self._in_play = torch.zeros(count, dtype=torch.bool)
         self._status: list[Status] = ["open"] * count
-        self._judge = Judge(count, self.config, recheck=self.schedule.horizon)
+        self._judge = Judge(self.penalty, self.config, recheck=self.schedule.horizon)
         self._path: OutputPath | None = None
-        self._measured: tuple[float, float, int] | None = None
+        self._measured: Measurement | None = None
         self._drawn = False
         self._learning_since: int | None = None
         self.step_count = 0
@@ -160,8 +176,8 @@ class LayerPruner:
             section.adapter.attach(section.module, gate)
         self._allocate_probes()
         self._hooks = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True),
+            model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
+            model.register_forward_hook(_Hook(self._after_forward), with_kwargs=True),
         ]
 
     @property
@@ -222,12 +238,17 @@ class LayerPruner:
         with self.ledger.timed("step"):
             if self.step_count == 0:
                 check_optimizer(self.model, optimizer)
+                if self.config.rule == "attraction":
+                    self._check_decay(optimizer)
             scale = (scaler.get_scale() if scaler is not None else 1.0) / accumulation
             phase, first_event = self.phase, len(self.events)
             self._move_theta(phase, scale, skipping=scaler is not None)
             if self._path is not None:
                 self._measured = self._path.result(scale)
                 self._path = None
+                if self._measured is not None and not self._measured.is_finite:
+                    self._refuse_overflow(scaler is not None)
+                    self._measured = None
             gone = self._decide(phase)
             if gone:
                 self._eliminate(gone, optimizer)
@@ -235,7 +256,9 @@ class LayerPruner:
             if phase == "warm-up" and self._warm():
                 self._learning_since = self.step_count
             if self.step_count == self.schedule.learning_end:
-                self._judge.begin_rounding()
+                self._judge.begin_rounding(
+                    self._status.count("open"), self.total_steps - self.step_count
+                )
             self._bank.advance()
             self._allocate_probes()
         names = tuple(self._sections[index].name for index in gone)
@@ -346,11 +369,12 @@ class LayerPruner:
     # Forwards
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not any(
+        alive = [
             section.module.training
             for section, status in zip(self._sections, self._status, strict=True)
             if status != "eliminated"
-        ):
+        ]
+        if not (any(alive) if alive else model.training):
             return
         if self._drawn:
             self._drawn = False
@@ -360,7 +384,10 @@ class LayerPruner:
     def _draw(self, batch_size: int, call: tuple[tuple, dict] | None) -> None:
         recording = torch.is_grad_enabled()
         candidate = None
-        if recording and self._path is None and call is not None and self.phase != "warm-up":
+        measuring = self.phase == "cool-down" or (
+            self.phase == "learning" and self.config.rule == "test"
+        )
+        if recording and self._path is None and call is not None and measuring:
             candidate = self._judge.choose(
                 self.step_count, self._bank.theta, self._status, self.phase == "learning"
             )
@@ -370,7 +397,9 @@ class LayerPruner:
             forced[candidate] = 1.0 if float(self._bank.theta[candidate]) >= 0.5 else 0.0
         running = None
         with self.ledger.timed("draw"):
-            if len(skip) < len(self._status) or forced:
+            if len(skip) == len(self._status):
+                self._bank.open_all()
+            else:
                 running = self._bank.draw(
                     batch_size,
                     skip=skip,
@@ -385,6 +414,7 @@ class LayerPruner:
                 candidate,
                 self._bank.gates[candidate],
                 self._bank.gates,
+                self.model,
                 trained_on=forced[candidate] > 0.5,
                 rng=(self._bank.seed, self._bank.draw_number),
                 batch_size=batch_size,
@@ -411,13 +441,12 @@ class LayerPruner:
         with self.ledger.timed("test"):
             mixed = path.finish(model, args, kwargs, output)
         replayed = path.replayed()
-        spent = self._last_fixed + sum(
-            flops
-            for gate, flops in zip(self._bank.gates, self._last_flops, strict=True)
-            if gate not in replayed
-        )
-        change = self._branch_flops[path.index] * self._batch_size
-        spent += -change if path.trained_on else change
+        spent = self._last_fixed
+        for index, gate in enumerate(self._bank.gates):
+            if index == path.index:
+                spent += 0 if path.trained_on else self._branch_flops[index] * self._batch_size
+            elif gate not in replayed:
+                spent += self._last_flops[index]
         self.ledger.test_flops += spent
         self.ledger.train_flops += spent
         return mixed
@@ -433,12 +462,8 @@ class LayerPruner:
             return
         slope, counted = evidence
         if not bool(slope.isfinite().all()):
-            if skipping:
-                return
-            raise FloatingPointError(
-                f"a gate's gradient is not finite in step {self.step_count + 1}: the loss or the model's "
-                "outputs overflowed"
-            )
+            self._refuse_overflow(skipping)
+            return
         free = torch.tensor([status == "open" for status in self._status])
         if phase == "warm-up":
             free.zero_()
@@ -460,6 +485,13 @@ class LayerPruner:
             max_descending=config.max_descending,
         )
 
+    def _refuse_overflow(self, skipping: bool) -> None:
+        if not skipping:
+            raise FloatingPointError(
+                f"a gate's gradient is not finite in step {self.step_count + 1}: the loss or the model's "
+                "outputs overflowed"
+            )
+
     def _warm(self) -> bool:
         if self.step_count < self.schedule.warm_up_end:
             return False
@@ -472,15 +504,11 @@ class LayerPruner:
             return self._drawn_to_zero()
         index, measured = self._judge.current, self._measured
         self._measured = None
-        if index is None:
+        if index is None or measured is None:
             return []
-        if measured is not None:
-            self._judge.test.add(index, *measured)
         learning = phase == "learning"
-        verdict = self._judge.verdict(self.step_count, float(self.penalty[index]), learning)
-        if verdict is None:
-            return []
-        return self._apply(index, verdict, learning)
+        verdict = self._judge.hear(measured, self.step_count, learning)
+        return [] if verdict is None else self._apply(index, verdict, learning)
 
     def _apply(self, index: int, verdict: Verdict, learning: bool) -> list[int]:
         theta = float(self._bank.theta[index])
@@ -497,12 +525,29 @@ class LayerPruner:
         if decision in ("settled", "rounded-on"):
             self._status[index] = "settled"
             self._bank.theta[index] = 1.0
+            self._bank.gates[index].draw = None
             self._judge.settle(index, self.step_count)
         else:
             self._status[index] = "open"
-            self._bank.theta[index] = 0.0 if decision == "closed" else self._judge.reset_theta
+            self._bank.theta[index] = 0.0 if decision == "closed" else 0.5
             self._statistics[:, index] = 0
         return []
+
+    def _check_decay(self, optimizer: torch.optim.Optimizer) -> None:
+        """The attraction rule rests on weight decay of everything in a branch."""
+        decayed = {
+            id(p)
+            for group in optimizer.param_groups
+            if group.get("weight_decay", 0) > 0
+            for p in group["params"]
+        }
+        for section in self._sections:
+            if any(id(p) not in decayed for p in section.branch_parameters()):
+                raise ValueError(
+                    f'rule="attraction" needs weight decay on every parameter of section '
+                    f'{section.name!r}, BatchNorm\'s included; give the optimizer a weight_decay, or use '
+                    'rule="test"'
+                )
 
     def _drawn_to_zero(self) -> list[int]:
         gone = []

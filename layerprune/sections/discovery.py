@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from layerprune.cost import Inputs, batch_size_of, dry_run
+from layerprune.cost import Inputs, batch_size_of, batch_tensors, dry_run
 from layerprune.sections.base import Adapter, ResidualAdapter, Section
 from layerprune.sections.opaque import OpaqueAdapter
 from layerprune.sections.residual import GatedResidual
@@ -23,15 +24,14 @@ def _known_blocks() -> dict[type[nn.Module], Adapter]:
         from layerprune.sections.torchvision import ADAPTERS
     except ImportError:
         return {}
-    return dict(ADAPTERS)
+    return {block: a for a in ADAPTERS for block in (a.original, a.twin)}
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of a `GatedResidual` or a known block, gated already or not."""
     if isinstance(module, GatedResidual):
         return ResidualAdapter()
-    known = _known_blocks()
-    return known.get(type(module)) or known.get(type(module).__mro__[1])
+    return _known_blocks().get(type(module))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,6 @@ def _stack_elements(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _recorded_calls(model: nn.Module, inputs: Inputs) -> dict[str, list[_Call]]:
     """Calls of every module with B and with B + 1 rows, in this order."""
-    rows = batch_size_of(inputs)
     calls: dict[str, list[_Call]] = {}
 
     def record(name: str):
@@ -138,17 +137,33 @@ def _recorded_calls(model: nn.Module, inputs: Inputs) -> dict[str, list[_Call]]:
         for name, module in model.named_modules()
     ]
     try:
-        for size in (rows, rows + 1):
-            dry_run(model, inputs, size)
-    except Exception as error:
-        raise ValueError(
-            f"the model does not run with example_inputs of {rows} rows: {error}. Give inputs as the "
-            "training loop does, with the batch in the first dimension."
-        ) from error
+        _run_twice(model, inputs, calls)
     finally:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _run_twice(model: nn.Module, inputs: Inputs, calls: dict[str, list[_Call]]) -> None:
+    """Runs the model with B and with B + 1 rows; the first way of resizing its inputs that works."""
+    rows = batch_size_of(inputs)
+    first, *others = batch_tensors(inputs)
+    error: Exception | None = None
+    # A mask, say, may have as many rows as the batch without being one: leave out none, one, two, ...
+    for left_out in range(len(others) + 1):
+        for kept in itertools.combinations(others, len(others) - left_out):
+            calls.clear()
+            try:
+                for size in (rows, rows + 1):
+                    dry_run(model, inputs, size, (first, *kept))
+            except Exception as failure:
+                error = error or failure
+            else:
+                return
+    raise ValueError(
+        f"the model does not run with example_inputs of {rows} rows: {error}. Give inputs as the training "
+        "loop does, with the batch in the first dimension."
+    ) from error
 
 
 def _opaque_adapter(module: nn.Module, calls: list[_Call]) -> OpaqueAdapter | None:

@@ -74,8 +74,8 @@ class BlockAdapter:
         return True
 
 
-ADAPTERS = {
-    BasicBlock: BlockAdapter(BasicBlock, GatedBasicBlock),
-    Bottleneck: BlockAdapter(Bottleneck, GatedBottleneck),
-}
-"""Adapter of each known block, by its exact class: a subclass may compute something else."""
+ADAPTERS = (
+    BlockAdapter(BasicBlock, GatedBasicBlock),
+    BlockAdapter(Bottleneck, GatedBottleneck),
+)
+"""Known blocks, by their exact class: a subclass may compute something else."""

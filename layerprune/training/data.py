@@ -3,7 +3,7 @@
 ==============  ===================  =========================================================
 name            images               training augmentation
 ==============  ===================  =========================================================
-digits          8x8, grey            none
+digits          8x8, grey            pad 1, random crop
 mnist           28x28, grey          zero-pad 2, random crop
 fashion-mnist   28x28, grey          zero-pad 2, random crop, random mirror image
 cifar10         32x32, colour        zero-pad 4, random crop, random mirror image (He et al. 2015)
@@ -96,7 +96,7 @@ def load(
     if name not in NAMES:
         raise DataError(f"unknown data set {name!r}; the data sets are {', '.join(NAMES)}")
     if name == "digits":
-        return _digits(train_subset)
+        return _digits(train_subset, augment)
     if root is None:
         raise DataError(f"data set {name} needs the folder that holds it, got none")
     root = Path(root).expanduser()
@@ -184,7 +184,7 @@ def _in_memory(
     )
 
 
-def _digits(train_subset: int | None) -> DataSplits:
+def _digits(train_subset: int | None, augment: bool) -> DataSplits:
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).long()
@@ -201,7 +201,7 @@ def _digits(train_subset: int | None) -> DataSplits:
         maximum=16,
         mean=(scaled.mean().item(),),
         std=(scaled.std(correction=0).item(),),
-        augmentation=None,
+        augmentation=CropFlip(1, False) if augment else None,
     )
 
 
