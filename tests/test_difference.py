@@ -1,6 +1,7 @@
 """Whole-section differences: measured directly, and through the outputs of a training step."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -140,8 +141,30 @@ def test_the_output_path_has_one_dropout_mask(theta):
     x, y = _data()
     pruner = _measuring(model, 1, theta, x)
     F.cross_entropy(model(x), y).backward()
-    mean, variance, _ = _measure(pruner)
-    assert mean == 0 and variance == 0
+    found = _measure(pruner)
+    assert found.mean == 0 and found.variance == 0 and found.third == 0
+
+
+@pytest.mark.parametrize("theta", [0.0, 1.0])
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("inside", ["others", "all"])
+def test_the_two_dropout_masks_are_equal(inside, index, theta):
+    """Dropout within the branches, before and after the section measured, which has no effect."""
+    torch.manual_seed(0)
+    model = Net(dropout=0.5)
+    measured = getattr(model, SECTIONS[index])
+    nn.init.zeros_(measured.branch[-1].weight)
+    nn.init.zeros_(measured.branch[-1].bias)
+    for name in SECTIONS:
+        section = getattr(model, name)
+        if section is not measured or inside == "all":
+            section.branch.insert(1, nn.Dropout(0.5))
+    x, y = _data()
+    pruner = _measuring(model, index, theta, x)
+    for _ in range(3):
+        F.cross_entropy(model(x), y).backward()
+        found = _measure(pruner)
+        assert found.mean == 0 and found.variance == 0
 
 
 def test_a_failing_measurement_restores_everything():
@@ -178,14 +201,14 @@ def test_the_output_path_is_unbiased(form, reduction, theta):
         errors, exacts = [], []
         for _ in range(40):
             loss(model(x), y).backward()
-            mean, variance, rows = _measure(pruner)
-            assert rows == ROWS and variance >= 0
+            found = _measure(pruner)
+            assert found.rows == ROWS and found.variance >= 0 and found.is_finite
             exact = measured_difference(
                 model, pruner._bank.gates[index], lambda model=model: loss(model.forward(x), y)
             )
             # A row's own difference: of a sum over rows that is its share.
             exacts.append(exact / (ROWS if reduction == "sum" else 1))
-            errors.append(mean - exacts[-1])
+            errors.append(found.mean - exacts[-1])
         errors, exacts = torch.tensor(errors), torch.tensor(exacts)
         error = float(errors.std()) / 40**0.5
         assert abs(float(errors.mean())) < 4.5 * error + 1e-7
@@ -201,11 +224,11 @@ def test_a_loss_computed_inside_is_measured_exactly(theta):
     pruner = _measuring(model, 1, theta, {"x": x, "target": y})
     for _ in range(5):
         model(x=x, target=y).backward()
-        mean, variance, rows = _measure(pruner)
+        found = _measure(pruner)
         gate = pruner._bank.gates[1]
         exact = measured_difference(model, gate, lambda: model.forward(x, y))
-        assert mean == pytest.approx(exact, rel=1e-4, abs=1e-7)
-        assert rows == 0 and variance != variance
+        assert found.mean == pytest.approx(exact, rel=1e-4, abs=1e-7)
+        assert found.rows == 0 and math.isnan(found.variance) and math.isnan(found.third)
 
 
 @pytest.mark.parametrize("theta", [0.0, 1.0])
@@ -217,11 +240,12 @@ def test_a_gradient_scale_is_divided_out(theta):
     (F.cross_entropy(model(x), y) * 128).backward()
     path = pruner._path
     plain, scaled = path.result(), path.result(128.0)
-    assert scaled[0] == pytest.approx(plain[0] / 128)
-    assert scaled[1] == pytest.approx(plain[1] / 128**2)
+    assert scaled.mean == pytest.approx(plain.mean / 128)
+    assert scaled.variance == pytest.approx(plain.variance / 128**2)
+    assert scaled.third == pytest.approx(plain.third / 128**3)
 
 
-def test_the_estimates_variance_is_the_one_of_its_rows():
+def test_the_estimates_moments_are_those_of_its_rows():
     torch.manual_seed(1)
     model = Net()
     x, y = _data()
@@ -235,9 +259,11 @@ def test_the_estimates_variance_is_the_one_of_its_rows():
     (gradient,) = torch.autograd.grad(F.cross_entropy(moved, y, reduction="sum"), moved)
     per_row = (gradient * (on - off)).sum(1).double()
     F.cross_entropy(out, y).backward()
-    mean, variance, rows = _measure(pruner)
-    assert mean == pytest.approx(float(per_row.mean()), rel=1e-4)
-    assert variance == pytest.approx(float(per_row.var()) / rows, rel=1e-4)
+    found = _measure(pruner)
+    assert found.mean == pytest.approx(float(per_row.mean()), rel=1e-4)
+    assert found.variance == pytest.approx(float(per_row.var()) / found.rows, rel=1e-4)
+    third = float((per_row - per_row.mean()).pow(3).mean())
+    assert found.third == pytest.approx(third, rel=1e-3) and third != 0
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -353,10 +379,13 @@ def test_modules_that_work_in_place(activation, theta):
         model, pruner = build(inplace)
         F.cross_entropy(model(x), y).backward()
         assert pruner._path.replayed()
-        gradients = [p.grad.clone() for p in model.parameters()]
+        # The section measured at 0 has no gradient.
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert len(gradients) == (8 if theta else 6)
         results.append((_measure(pruner), gradients))
     assert results[0][0] == results[1][0]
-    assert all(a.equal(b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    assert list(results[0][1]) == list(results[1][1])
+    assert all(a.equal(results[1][1][name]) for name, a in results[0][1].items())
 
 
 def test_resnet_in_training_mode():
@@ -372,6 +401,6 @@ def test_resnet_in_training_mode():
         exact = measured_difference(
             model, pruner._bank.gates[1], lambda: F.cross_entropy(model.forward(x), y)
         )
-        errors.append(_measure(pruner)[0] - exact)
+        errors.append(_measure(pruner).mean - exact)
     errors = torch.tensor(errors)
     assert abs(float(errors.mean())) < 4.5 * float(errors.std()) / 40**0.5

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layerprune import GatedResidual, LayerPruner, PruneConfig
-from layerprune.gates import THETA_LAG, Gate, GateBank
+from layerprune.gates import THETA_LAG, Gate, GateBank, SectionDraw
 
 ROWS = 24
 
@@ -119,11 +119,107 @@ def test_theta_reaches_the_draw_after_two_steps():
         if step == 1:
             bank.theta.fill_(1.0)
         bank.draw(8)
-        opened.append(float(bank.gates[0].draw.gate.sum()))
+        draw = bank.gates[0].draw
+        opened.append(8.0 * draw if isinstance(draw, bool) else float(draw.gate.sum()))
         bank.advance()
     # Set before the draw of step 1, which still saw the 0; so did step 2's.
     assert THETA_LAG == 2
     assert opened == [0.0, 0.0, 0.0, 8.0, 8.0]
+
+
+def _bank(theta, rate=0.0, **config):
+    """A bank of one section for each theta; the draws already see it."""
+    bank = GateBank([f"s{k}" for k in range(len(theta))], PruneConfig(**config), seed=1)
+    bank.theta.copy_(torch.tensor(theta))
+    bank.probe_rate.fill_(rate)
+    for _ in range(THETA_LAG):
+        bank.advance()
+    return bank
+
+
+def test_what_needs_no_drawing_is_not_drawn():
+    """Open at theta 1, left out at theta 0; in between, however near, a branch has rows."""
+    bank = _bank([0.0, 1e-6, 0.5, 1 - 1e-6, 1.0], min_rows=4)
+    running = bank.draw(ROWS)
+    draws = [gate.draw for gate in bank.gates]
+    assert draws[0] is False and draws[4] is True
+    assert all(isinstance(draw, SectionDraw) for draw in draws[1:4])
+    assert running == [0, *[draw.rows.numel() for draw in draws[1:4]], ROWS]
+    assert running[1] == 4
+
+
+def test_probes_keep_a_section_drawn():
+    """A gradient wanted at theta 0 or 1 is still measured on the probed rows."""
+    bank = _bank([0.0, 1.0], rate=0.25, min_rows=1)
+    running = bank.draw(ROWS)
+    for gate, count in zip(bank.gates, running, strict=True):
+        assert gate.draw.probes.numel() == ROWS // 4 and gate.draw.gate.requires_grad
+        assert gate.draw.rows.numel() == count
+    assert running == [ROWS // 4, ROWS]
+
+
+def test_taylor_keeps_no_section_idle_that_it_would_learn_of():
+    """Its evidence is the derivative on every running row: min_rows of them at theta 0."""
+    bank = _bank([0.0, 1.0], estimator="taylor", min_rows=4)
+    assert bank.draw(ROWS) == [4, ROWS]
+    assert all(isinstance(gate.draw, SectionDraw) for gate in bank.gates)
+
+
+def test_the_attraction_rule_keeps_every_branch_running():
+    """Its weights must decay, and weight decay asks for a gradient."""
+    bank = _bank([0.0, 0.5], rule="attraction", min_rows=4)
+    running = bank.draw(ROWS)
+    assert running[0] == 4 and not bank.gates[0].draw.gate.any()
+
+
+def test_other_ranks_are_not_kept_waiting(monkeypatch):
+    """Where gradients are exchanged, every branch has some on every rank."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert _bank([0.0], min_rows=4).draw(ROWS) == [4]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_forced_and_skipped_sections(value):
+    """Forced: all rows at one end, no probes. Skipped: no draw, its branch runs whole."""
+    bank = _bank([0.5, 0.5, 0.5], rate=0.25)
+    running = bank.draw(ROWS, skip=frozenset([2]), forced={1: value})
+    assert isinstance(bank.gates[0].draw, SectionDraw)
+    assert bank.gates[1].draw is bool(value) and bank.gates[2].draw is None
+    assert running[1:] == [ROWS * int(value), ROWS]
+
+
+@pytest.mark.parametrize("rows", [2, 3, 64])
+def test_an_idle_section_costs_nothing_and_learns_nothing(rows):
+    """At theta 0 without probes: the branch is not called, its statistics and weights stay."""
+    torch.manual_seed(0)
+    blocks = [
+        GatedResidual(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()))
+        for _ in range(3)
+    ]
+    model = nn.Sequential(nn.Linear(4, 6), *blocks, nn.Linear(6, 2))
+    pruner = _pruner(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    pruner._bank.theta[1] = 0.0
+    for _ in range(THETA_LAG):
+        pruner._bank.advance()
+    pruner._allocate_probes()
+    assert pruner._bank.probe_rate[1] == 0
+    called = []
+    for index, block in enumerate(blocks):
+        block.branch.register_forward_pre_hook(lambda *_, k=index: called.append(k))
+    state = copy.deepcopy(blocks[1].state_dict())
+    x = torch.randn(rows, 4)
+    out = model(x)
+    assert called == [0, 2]
+    out.square().sum().backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert without == {f"2.{name}" for name, _ in blocks[1].named_parameters()}
+    linear = 2 * 6 * 6
+    others = sum(len(block._layerprune_gate.draw.rows) for block in (blocks[0], blocks[2]))
+    fixed = rows * (2 * 4 * 6 + 2 * 6 * 2)
+    assert pruner.ledger.train_flops == pytest.approx(3 * (fixed + others * linear))
+    optimizer.step()
+    assert all(value.equal(state[name]) for name, value in blocks[1].state_dict().items())
 
 
 def test_a_forward_without_gradient_is_no_evidence():

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,7 +197,7 @@ def _moments(run):
     inside = [
         step
         for step, (state, *_) in checkpoints.items()
-        if any(len(found["means"]) for found in state["judge"]["test"]["differences"].values())
+        if any(state["judge"]["test"]["measurements"].values())
     ]
     moments = {"before": first - 1, "after": first, "later": first + 7}
     moments |= {"inside": inside[0], "inside, later": inside[-1]}
@@ -314,6 +315,22 @@ class Additive(nn.Module):
         return self.sections(F.pad(x, (0, 1)))[:, self.features :]
 
 
+class Idle(nn.Module):
+    """Branches whose output does not reach the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.sections = nn.Sequential(*[GatedResidual(nn.Linear(6, 6)) for _ in range(4)])
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.head(x + 0 * self.sections(x))
+
+
+def _total(x):
+    return x.sum(1, keepdim=True)
+
+
 # Once everything is decided
 
 
@@ -340,6 +357,9 @@ def test_a_section_rounded_on_is_trained_on():
     """From theta = 0: the last measurement's closed gate must not outlive the decision."""
     torch.manual_seed(0)
     model = Additive(1)
+    # With its one section left out, the model has something to train all the same.
+    model.bias = nn.Parameter(torch.zeros(1))
+    model.register_forward_hook(lambda module, args, out: out + module.bias)
     config = PruneConfig(warm_up=0.0, warm_up_limit=0.0, learning_end=0.1)
     pruner = LayerPruner(
         model,
@@ -422,15 +442,6 @@ def test_a_network_that_needs_every_section_loses_none(seed):
 def test_a_network_of_idle_sections_loses_them():
     """Branches whose output does not reach the loss: all go, by the test."""
 
-    class Idle(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.sections = nn.Sequential(*[GatedResidual(nn.Linear(6, 6)) for _ in range(4)])
-            self.head = nn.Linear(6, 1)
-
-        def forward(self, x):
-            return self.head(x + 0 * self.sections(x))
-
     torch.manual_seed(0)
     model = Idle()
     pruner = LayerPruner(model, example_inputs=torch.zeros(2, 6), total_steps=600, strength=0.05)
@@ -462,7 +473,7 @@ def test_the_attraction_rule_asks_for_small_weights(digits):
     model = _mlp(blocks=3)
     config = PruneConfig(rule="attraction", warm_up=0.0, warm_up_limit=0.0, learning_end=0.9)
     pruner = _pruner(model, 200, config=config)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=1e-4)
     for step in range(3):
         pruner._bank.theta[1] = 0.0
         pruner._bank.theta[0] = 1.0
@@ -475,6 +486,143 @@ def test_the_attraction_rule_asks_for_small_weights(digits):
     _, report = _step(model, pruner, optimizer, digits, 3)
     assert report.eliminated == ("3",)
     assert pruner.events[-1].by == "attraction"
+
+
+@pytest.mark.parametrize("decayed", ["nothing", "all but BatchNorm"])
+def test_the_attraction_rule_is_refused_without_weight_decay(digits, decayed):
+    """The first step says so, and nothing has moved by then."""
+    model = _mlp(blocks=2)
+    pruner = _pruner(model, 200, config=PruneConfig(rule="attraction"))
+    norms = [p for m in model.modules() if isinstance(m, nn.BatchNorm1d) for p in m.parameters()]
+    others = [p for p in model.parameters() if all(p is not norm for norm in norms)]
+    decay = 0.0 if decayed == "nothing" else 1e-4
+    groups = [{"params": others, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    with pytest.raises(ValueError, match=r"'2'.*weight_decay.*rule=\"test\""):
+        _step(model, pruner, optimizer, digits, 0)
+    assert pruner.step_count == 0 and not pruner.events
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 1e-4
+    _step(model, pruner, optimizer, digits, 0)
+    assert pruner.step_count == 1
+
+
+def test_the_attraction_rule_lets_an_unused_section_decay(digits):
+    """At theta 0 its branch runs on min_rows rows, so that its weights can decay."""
+    model = _mlp(blocks=3)
+    config = PruneConfig(
+        rule="attraction",
+        theta_init=0.0,
+        min_rows=5,
+        warm_up=0.5,
+        warm_up_limit=0.5,
+        learning_end=0.9,
+    )
+    pruner = _pruner(model, 200, config=config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    counts = _row_counter(model)
+    sizes = [float(p.detach().norm()) for p in model[3].branch.parameters()]
+    for step in range(20):
+        counts.clear()
+        _step(model, pruner, optimizer, digits, step)
+        assert counts["3"] == 5
+    shrunk = [float(p.detach().norm()) for p in model[3].branch.parameters()]
+    expected = (1 - 0.1 * 0.5) ** 20
+    for before, after in zip(sizes, shrunk, strict=True):
+        assert after == pytest.approx(expected * before, rel=1e-4)
+
+
+# Warm-up
+
+
+def _warm_up(model, inputs, target, **config):
+    """Steps of warm-up in a run of 500."""
+    torch.manual_seed(0)
+    pruner = LayerPruner(
+        model,
+        example_inputs=torch.zeros(2, inputs),
+        total_steps=500,
+        strength=0.05,
+        cost="uniform",
+        config=PruneConfig(**config),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(500):
+        x = torch.randn(64, inputs)
+        F.mse_loss(model(x), target(x)).backward()
+        report = pruner.step(optimizer)
+        optimizer.zero_grad()
+        assert report.phase == "warm-up"
+        assert all(info.theta == config.get("theta_init", 0.5) for info in pruner.sections)
+        if pruner.phase != "warm-up":
+            return step + 1
+    raise AssertionError("warm-up never ended")
+
+
+@pytest.mark.parametrize("limit, steps", [(0.08, 40), (0.2, 100), (0.03, 15)])
+def test_warm_up_has_a_limit(limit, steps):
+    """No section ever pays: it ends at the limit, not before, and not after."""
+    assert _warm_up(Idle(), 6, _total, warm_up_limit=limit) == steps
+
+
+@pytest.mark.parametrize("least", [0.03, 0.1])
+def test_warm_up_ends_when_a_section_pays(least):
+    """Each is worth a loss of 1: seen at once, but warm_up is kept."""
+    steps = _warm_up(Additive(), 6, _total, warm_up=least, warm_up_limit=0.2)
+    assert 500 * least <= steps < 500 * least + 10
+
+
+def test_warm_up_without_a_step():
+    config = {"warm_up": 0.0, "warm_up_limit": 0.0}
+    assert _warm_up(Additive(), 6, _total, **config) <= 1
+
+
+# Pilots
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outputs", "loss"])
+def test_what_a_run_decides_by(inside):
+    """Every event's difference is the mean of its batches; no batch of a pilot is among them.
+
+    Also of a model that returns its loss: every idle section goes while learning.
+    """
+
+    class WithLoss(Idle):
+        def forward(self, x):
+            return F.mse_loss(super().forward(x), _total(x))
+
+    torch.manual_seed(0)
+    model = WithLoss() if inside else Idle()
+    pruner = LayerPruner(model, example_inputs=torch.zeros(2, 6), total_steps=600, strength=0.05)
+    heard, pilots = [], 0
+    hear = pruner._judge.hear
+
+    def listen(measurement, step, learning):
+        nonlocal pilots
+        if pruner._judge.piloting:
+            pilots += 1
+            # A wild pilot: it would be seen in any evidence that it were part of.
+            measurement = replace(measurement, mean=100.0)
+            assert hear(measurement, step, learning) is None
+            return None
+        heard.append(measurement.mean)
+        return hear(measurement, step, learning)
+
+    pruner._judge.hear = listen
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(600):
+        x = torch.randn(64, 6)
+        out = model(x)
+        (out if inside else F.mse_loss(out, _total(x))).backward()
+        report = pruner.step(optimizer)
+        optimizer.zero_grad()
+        for event in report.events:
+            assert event.batches in (2, 4, 8, 16)
+            assert event.difference == pytest.approx(sum(heard[-event.batches :]) / event.batches)
+            assert abs(event.difference) < 1
+    assert pilots > 0
+    assert [info.status for info in pruner.sections] == ["eliminated"] * 4
+    assert {event.by for event in pruner.events} == {"test"}
 
 
 # Accumulation and gradient scalers
@@ -603,7 +751,7 @@ REST = 2 * (64 * WIDTH + WIDTH * 10)
 
 def test_at_theta_one_the_ledger_is_the_dense_run(digits):
     model = _mlp()
-    pruner = _pruner(model, 300, config=PruneConfig(theta_init=1.0, warm_up=0.1))
+    pruner = _pruner(model, 300, config=PruneConfig(theta_init=1.0, warm_up=0.1, warm_up_limit=0.1))
     optimizer = _sgd(model)
     for step in range(5):
         _step(model, pruner, optimizer, digits, step)
@@ -644,7 +792,12 @@ def test_the_ledger_counts_a_decision_test(digits, theta):
     x, _ = _batch(digits, 1)
     model(x)
     # What the training forward ran: the draw's rows of each section.
-    training = {gate.name: gate.draw.rows.numel() for gate in pruner._bank.gates}
+    draws = {gate.name: gate.draw for gate in pruner._bank.gates}
+    assert draws["5"] is bool(theta)
+    training = {
+        name: 64 * draw if isinstance(draw, bool) else draw.rows.numel()
+        for name, draw in draws.items()
+    }
     side = {name: counts.get(name, 0) - rows for name, rows in training.items()}
     tests = pruner.ledger.test_flops - before["test_flops"]
     assert tests == pytest.approx(64 * REST + BRANCH * sum(side.values()), rel=1e-9)
@@ -664,6 +817,28 @@ def test_an_eliminated_section_costs_nothing(run):
     assert alone.ledger.train_flops - spent == pytest.approx(3 * 10 * (REST + kept * BRANCH))
     assert pruner.ledger.fraction < 1
     assert pruner.ledger.as_dict()["fraction"] == pruner.ledger.fraction
+
+
+def test_the_ledger_keeps_counting_when_every_section_is_gone(digits):
+    """What is left trains on, and its steps are a share of the dense ones."""
+    model = _mlp(blocks=3)
+    pruner, optimizer = _pruner(model, 200), _sgd(model)
+    for step in range(3):
+        _step(model, pruner, optimizer, digits, step)
+    pruner._eliminate([0, 1, 2], optimizer)
+    assert not any(isinstance(module, GatedResidual) for module in model.modules())
+    before = pruner.ledger.as_dict()
+    for step in range(3, 200):
+        _step(model, pruner, optimizer, digits, step)
+    after = pruner.ledger.as_dict()
+    assert after["train_flops"] - before["train_flops"] == pytest.approx(3 * 197 * 64 * REST)
+    dense = after["dense_train_flops"] - before["dense_train_flops"]
+    assert dense == pytest.approx(3 * 197 * 64 * (REST + 3 * BRANCH))
+    assert after["test_flops"] == before["test_flops"]
+    assert pruner.phase == "cool-down" and not pruner.events
+    model.eval()
+    _step(model, pruner, optimizer, digits, 200)
+    assert pruner.ledger.train_flops == after["train_flops"]
 
 
 # Bad input
@@ -703,6 +878,9 @@ def test_arguments_that_are_refused(change, message):
         {"warm_up": -0.1},
         {"learning_end": 2.0},
         {"warm_up": 0.5, "learning_end": 0.4},
+        {"warm_up": 0.1, "warm_up_limit": 0.05},
+        {"warm_up_limit": 0.4},
+        {"warm_up_limit": 1.1},
         {"tolerance": -1.0},
         {"level": 2.0},
         {"noise_factor": -1.0},
@@ -734,17 +912,15 @@ def test_a_wrong_optimizer_is_refused_in_the_first_step(digits):
 
 
 @pytest.mark.parametrize("rows", [2, 3, 64])
-def test_a_batch_smaller_than_min_rows_runs_whole(digits, rows):
+@pytest.mark.parametrize("rule, theta", [("test", 1e-6), ("attraction", 0.0)])
+def test_a_batch_smaller_than_min_rows_runs_whole(digits, rows, rule, theta):
     model = _mlp()
-    _pruner(
-        model,
-        300,
-        config=PruneConfig(theta_init=0.0, min_rows=4, row_multiple=4, probe_budget=1e-9),
-    )
+    config = PruneConfig(rule=rule, theta_init=theta, min_rows=4, row_multiple=4, probe_budget=1e-9)
+    _pruner(model, 300, config=config)
     counts = _row_counter(model)
     x, y = _batch(digits, 0, rows)
     F.cross_entropy(model(x), y).backward()
-    assert set(counts.values()) == {min(rows, 4)}
+    assert len(counts) == 6 and set(counts.values()) == {min(rows, 4)}
     assert all(p.grad is not None for p in model.parameters())
 
 
