@@ -1,11 +1,10 @@
 """layerprune: networks that find out while they train which of their layers they do not need."""
 
+from layerprune._version import __version__
 from layerprune.compaction import eliminate_sections, verify
 from layerprune.config import PruneConfig
 from layerprune.pruner import LayerPruner, StepReport
 from layerprune.sections import GatedResidual, find_sections
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GatedResidual",
@@ -15,5 +14,15 @@ __all__ = [
     "__version__",
     "eliminate_sections",
     "find_sections",
+    "load",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The training program has dependencies that the core does without.
+    if name == "load":
+        from layerprune.training import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

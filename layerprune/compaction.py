@@ -35,16 +35,20 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         ValueError: if the optimizer holds none of the model's parameters.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
     if isinstance(optimizer, _REFUSED_OPTIMIZERS):
         raise TypeError(
-            f"{type(optimizer).__name__} keeps state that cannot be split by parameter; use SGD, Adam, "
+            f"{type(optimizer).__name__} keeps state that cannot be split by parameter; "
+            "use SGD, Adam, "
             "AdamW or another optimizer of torch.optim"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, model.parameters())):
         raise ValueError(
-            "the optimizer holds none of the model's parameters: make it from the parameters of the very "
+            "the optimizer holds none of the model's parameters: make it from the "
+            "parameters of the very "
             "model that the pruner was given"
         )
 
@@ -54,8 +58,8 @@ def remove_sections(
 ) -> None:
     """Removes sections from a model and what they leave unused from its optimizer.
 
-    What remains keeps its names, its parameters and their optimizer state; parameter groups are edited
-    in place and keep their number.
+    What remains keeps its names, its parameters and their optimizer state; parameter groups are
+    edited in place and keep their number.
 
     Args:
         model: the model, changed in place.
@@ -90,9 +94,7 @@ def remove_sections(
             group["params"][:] = [p for p in group["params"] if id(p) not in gone]
 
 
-def eliminate_sections(
-    model: nn.Module, names: Iterable[str], example_inputs: Inputs
-) -> nn.Module:
+def eliminate_sections(model: nn.Module, names: Iterable[str], example_inputs: Inputs) -> nn.Module:
     """Gives a dense model the structure of a pruned one: how a checkpoint is rebuilt.
 
     Args:
@@ -166,7 +168,10 @@ def verify(gated: nn.Module, compacted: nn.Module, batches: Iterable[Inputs]) ->
     with evaluating(gated), evaluating(compacted):
         for inputs in batches:
             args, kwargs = as_call(inputs)
-            left, right = tree_leaves(gated(*args, **kwargs)), tree_leaves(compacted(*args, **kwargs))
+            left, right = (
+                tree_leaves(gated(*args, **kwargs)),
+                tree_leaves(compacted(*args, **kwargs)),
+            )
             left = [leaf for leaf in left if isinstance(leaf, Tensor)]
             right = [leaf for leaf in right if isinstance(leaf, Tensor)]
             if [leaf.shape for leaf in left] != [leaf.shape for leaf in right]:
@@ -174,7 +179,9 @@ def verify(gated: nn.Module, compacted: nn.Module, batches: Iterable[Inputs]) ->
             for a, b in zip(left, right, strict=True):
                 compared = True
                 if a.numel() and not torch.equal(a, b):
-                    worst = max(worst, float((a.double() - b.double()).abs().nan_to_num(torch.inf).max()))
+                    worst = max(
+                        worst, float((a.double() - b.double()).abs().nan_to_num(torch.inf).max())
+                    )
     if not compared:
         raise ValueError("batches is empty: give at least one batch of inputs")
     return worst

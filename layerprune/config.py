@@ -15,9 +15,9 @@ class PruneConfig:
 
     Attributes:
         theta_init: keep probability of every section at the start.
-        warm_up: share in which gates are drawn but theta is held, at the least. Warm-up goes on until
-            some section is seen to pay: before that the network has learned nothing, and every section
-            looks useless.
+        warm_up: share in which gates are drawn but theta is held, at the least. Warm-up goes on
+            until some section is seen to pay: before that the network has learned nothing, and
+            every section looks useless.
         warm_up_limit: share at which warm-up ends in any case.
         learning_end: share at which learning ends; a deterministic network trains from there on.
         horizon: share in which theta of a useless section falls from 1 to 0.
@@ -26,7 +26,8 @@ class PruneConfig:
         estimator: ``"path"``, or ``"taylor"``, the biased classical baseline.
         probe_budget: expected probes per row over all sections.
         confidence: width, in standard errors, of the bound below which a held section may rise.
-        rule: ``"test"``, the sequential paired test, or ``"attraction"``, small theta and small weights.
+        rule: ``"test"``, the sequential paired test, or ``"attraction"``, small theta and small
+            weights.
         tolerance: theta counts as 0 or 1 within this; bound of the attraction rule.
         level: probability that a run eliminates any section that pays.
         looks: looks of a test, at 2, 4, 8, ... batches.
@@ -54,7 +55,15 @@ class PruneConfig:
     scheme: Literal["systematic", "independent"] = "systematic"
 
     def __post_init__(self) -> None:
-        unit = ("theta_init", "warm_up", "warm_up_limit", "learning_end", "horizon", "tolerance", "level")
+        unit = (
+            "theta_init",
+            "warm_up",
+            "warm_up_limit",
+            "learning_end",
+            "horizon",
+            "tolerance",
+            "level",
+        )
         for name in unit:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
@@ -69,7 +78,9 @@ class PruneConfig:
                 f"{self.noise_factor}, {self.confidence} and {self.probe_budget}"
             )
         if self.max_descending is not None and self.max_descending < 1:
-            raise ValueError(f"max_descending must be at least 1 or None, got {self.max_descending}")
+            raise ValueError(
+                f"max_descending must be at least 1 or None, got {self.max_descending}"
+            )
         if self.looks < 1 or self.min_rows < 1 or self.row_multiple < 1:
             raise ValueError(
                 "looks, min_rows and row_multiple must be at least 1, got "
@@ -119,8 +130,8 @@ class Schedule:
         learning_end = math.floor(config.learning_end * total_steps)
         if learning_end - warm_up_limit < 2 or total_steps - learning_end < 2:
             raise ValueError(
-                f"total_steps = {total_steps} leaves fewer than 2 steps to learning or cool-down: train "
-                "longer, or change warm_up and learning_end"
+                f"total_steps = {total_steps} leaves fewer than 2 steps to learning or cool-down: "
+                "train longer, or change warm_up and learning_end"
             )
         horizon = max(1, round(config.horizon * total_steps))
         return cls(total_steps, warm_up_end, warm_up_limit, learning_end, horizon)

@@ -15,7 +15,7 @@ Inputs = Tensor | Sequence | Mapping
 
 
 def as_call(inputs: Inputs) -> tuple[tuple, dict]:
-    """Turns example inputs (a tensor, a sequence or a mapping) into positional and keyword arguments."""
+    """Positional and keyword arguments from a tensor, a sequence or a mapping."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, (list, tuple)) else ((inputs,), {})
@@ -30,7 +30,9 @@ def batch_size_of(inputs: object) -> int:
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]
-    raise ValueError("example_inputs holds no tensor with a batch dimension; give the model's inputs")
+    raise ValueError(
+        "example_inputs holds no tensor with a batch dimension; give the model's inputs"
+    )
 
 
 @contextmanager
@@ -104,3 +106,36 @@ def forward_flops(model: nn.Module, inputs: Inputs) -> dict[str, float]:
         elif name.startswith(f"{root}."):
             counts[name.removeprefix(f"{root}.")] = total
     return counts
+
+
+def relative_costs(
+    cost: str | Mapping[str, float],
+    names: Sequence[str],
+    params: Sequence[int],
+    flops: Sequence[float],
+) -> Tensor:
+    """What each section costs, by the measure asked for.
+
+    Args:
+        cost: ``"flops"``, ``"params"``, ``"uniform"``, or a mapping from section name to cost.
+        names: the sections' names.
+        params: parameters of each branch.
+        flops: operations of each branch.
+
+    Returns:
+        float32 ``[L]``.
+
+    Raises:
+        ValueError: if ``cost`` is none of these, or lacks a section.
+    """
+    if isinstance(cost, Mapping):
+        missing = [name for name in names if name not in cost]
+        if missing:
+            raise ValueError(f"cost gives no value for section {missing[0]!r}")
+        return torch.tensor([float(cost[name]) for name in names])
+    measures = {"flops": flops, "params": params, "uniform": [1.0] * len(names)}
+    if cost not in measures:
+        raise ValueError(
+            f'cost must be "flops", "params", "uniform" or a mapping by section name, got {cost!r}'
+        )
+    return torch.tensor([float(value) for value in measures[cost]])

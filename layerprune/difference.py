@@ -49,8 +49,8 @@ def side_forward(model: nn.Module) -> Iterator[None]:
         finally:
             random.restore()
             for buffer, saved in buffers:
-                # Through `.data`: a training forward may have saved the buffer for its backward, which
-                # would take the restored value for a change.
+                # Through `.data`: a training forward may have saved the buffer for its backward,
+                # which would take the restored value for a change.
                 buffer.data.copy_(saved)
 
 
@@ -76,10 +76,13 @@ def measured_difference(model: nn.Module, gate: Gate, loss: Callable[[], Tensor]
     Returns:
         The difference of the two losses.
     """
-    values = []
+    values, leaving = [], RandomState(model)
     for is_open in (True, False):
+        # Whatever the section itself draws, what follows has the same dropout masks.
+        gate.on_exit = leaving.capture if is_open else leaving.restore
         with side_forward(model), forced(gate, is_open):
             values.append(float(loss()))
+        gate.on_exit = None
     return values[0] - values[1]
 
 
@@ -87,10 +90,10 @@ class OutputPath:
     """Measures a whole-section difference in one training step, whatever the user's loss is.
 
     Beside the training forward, which has the section on or off for every row, a second one without
-    gradient gives the outputs at the other end. The training step is handed ``out(t_b)`` for row b on
-    the straight path ``out(t) = off + t (on - off)``, t_b stratified on (0, 1); by the fundamental theorem
-    of calculus the row's <dl_b/dout, on - off> has the mean l_b(on) - l_b(off). The second forward starts
-    at the section: what comes before it is the same in both.
+    gradient gives the outputs at the other end. The training step is handed ``out(t_b)`` for row b
+    on the straight path ``out(t) = off + t (on - off)``, t_b stratified on (0, 1); by the
+    fundamental theorem of calculus the row's <dl_b/dout, on - off> has the mean l_b(on) - l_b(off).
+    The second forward starts at the section: what comes before it is the same in both.
 
     Args:
         index: the section measured.
@@ -126,10 +129,10 @@ class OutputPath:
         self._earlier: dict[Gate, deque[Tensor]] = {}
         self._per_row: Tensor | None = None
         self._common: Tensor | None = None
-        # The same dropout masks at both ends: the second forward starts from the same random state, and
-        # takes it up again at the section, whatever the sections before it would have drawn.
-        self._start, self._entry = RandomState(model), RandomState(model)
-        gate.on_entry = self._reach
+        # The same dropout masks at both ends: the second forward starts from the same random state,
+        # and takes it up again where the section begins and ends, whatever is drawn in between.
+        self._start, self._entry, self._exit = (RandomState(model) for _ in range(3))
+        gate.on_entry, gate.on_exit = self._reach, self._leave
         for other in gates:
             other.recorder = self._record
 
@@ -137,6 +140,10 @@ class OutputPath:
         self._gate.on_entry = None
         self._stop_recording()
         self._entry.capture()
+
+    def _leave(self) -> None:
+        self._gate.on_exit = None
+        self._exit.capture()
 
     def _record(self, gate: Gate, output: Tensor) -> None:
         # A copy: what comes next may work in place.
@@ -160,14 +167,14 @@ class OutputPath:
         self._stop_recording()
         for gate, outputs in self._earlier.items():
             gate.replay = outputs
-        self._gate.on_entry = self._entry.restore
+        self._gate.on_entry, self._gate.on_exit = self._entry.restore, self._exit.restore
         try:
             with side_forward(model), forced(self._gate, not self.trained_on):
                 self._start.restore()
                 # `forward`, not a call: the pruner's hooks must not draw for it.
                 others, _ = tree_flatten(model.forward(*args, **kwargs))
         finally:
-            self._gate.on_entry = None
+            self._gate.on_entry = self._gate.on_exit = None
             for gate in self._earlier:
                 gate.replay = None
         leaves, spec = tree_flatten(output)
@@ -187,7 +194,9 @@ class OutputPath:
         def record(gradient: Tensor) -> None:
             product = gradient.detach().double() * away.double()
             if by_row:
-                rows = product.reshape(product.shape[0], -1).sum(1) * (self._sign * self._rows_factor)
+                rows = product.reshape(product.shape[0], -1).sum(1) * (
+                    self._sign * self._rows_factor
+                )
                 self._per_row = rows if self._per_row is None else self._per_row + rows
             else:
                 whole = product.sum() * self._sign

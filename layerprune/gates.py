@@ -46,13 +46,14 @@ class Gate:
     pickle of a gate is open and knows nothing of the pruner: a copied model is a plain one.
     """
 
-    __slots__ = ("draw", "is_open", "name", "on_entry", "recorder", "replay")
+    __slots__ = ("draw", "is_open", "name", "on_entry", "on_exit", "recorder", "replay")
 
     def __init__(self, name: str = "section") -> None:
         self.name = name
         self.draw: SectionDraw | bool | None = None
         self.is_open = True
         self.on_entry: Callable[[], None] | None = None
+        self.on_exit: Callable[[], None] | None = None
         self.recorder: Callable[[Gate, Tensor], None] | None = None
         self.replay: deque[Tensor] | None = None
 
@@ -69,6 +70,8 @@ class Gate:
         if self.on_entry is not None:
             self.on_entry()
         output = forward()
+        if self.on_exit is not None:
+            self.on_exit()
         if self.recorder is not None:
             self.recorder(self, output)
         return output
@@ -87,7 +90,8 @@ class Gate:
         if draw.gate.shape[0] != batch_size:
             raise RuntimeError(
                 f"section {self.name!r} got {batch_size} rows but the gates were drawn for "
-                f"{draw.gate.shape[0]}: its input's first dimension is not the model's batch dimension, "
+                f"{draw.gate.shape[0]}: its input's first dimension is not the model's "
+                "batch dimension, "
                 "or it was called outside the model's forward. Pass it in `ignored`."
             )
         return draw
@@ -112,7 +116,7 @@ class GateBank:
         self._lagged: deque[Tensor] = deque(
             [self.theta.clone() for _ in range(THETA_LAG)], maxlen=THETA_LAG
         )
-        self._pending: list[list[tuple[int, Tensor, Tensor]]] = []
+        self._pending: list[tuple[dict[int, Tensor], Tensor]] = []
 
     def draw(
         self,
@@ -153,27 +157,33 @@ class GateBank:
         )
         self.draw_number += 1
         everywhere = self.config.estimator == "taylor"
-        gates, slots = drawn.gates.to(device), drawn.slots.to(device)
-        rows, probes = drawn.rows.to(device), drawn.probes.to(device)
-        leaves, running = [], []
+        # One call for all sections wherever possible: a step on small images is short.
+        gates, slots = drawn.gates.to(device).unbind(), drawn.slots.to(device).unbind()
+        rows = drawn.rows.to(device).unbind()
+        graded_rows = rows if everywhere else drawn.probes.to(device).unbind()
         counts, thetas = drawn.counts.tolist(), theta.tolist()
+        leaves: dict[int, Tensor] = {}
+        running = []
         for index, (gate, (count, probed)) in enumerate(zip(self.gates, counts, strict=True)):
-            graded = rows[index, :count] if everywhere else probes[index, :probed]
+            graded = count if everywhere else probed
             if index in skip:
                 gate.draw, count = None, batch_size
-            elif thetas[index] == 1 and graded.shape[0] == 0:
+            elif thetas[index] == 1 and graded == 0:
                 gate.draw = True
-            elif thetas[index] == 0 and graded.shape[0] == 0 and self._may_idle():
+            elif thetas[index] == 0 and graded == 0 and self._may_idle():
                 gate.draw, count = False, 0
             else:
-                leaf = gates[index].detach()
-                if record and graded.shape[0] and not (forced and index in forced):
-                    leaf.requires_grad_()
-                    leaves.append((index, leaf, graded))
-                gate.draw = SectionDraw(leaf, slots[index], rows[index, :count], graded)
+                leaf = gates[index]
+                if record and graded and not (forced and index in forced):
+                    leaves[index] = leaf.requires_grad_()
+                gate.draw = SectionDraw(
+                    leaf, slots[index], rows[index][:count], graded_rows[index][:graded]
+                )
             running.append(count)
         if leaves:
-            self._pending.append(leaves)
+            # A probe's gate lies strictly between 0 and 1, and no other does.
+            probes = (drawn.gates > 0) & (drawn.gates < 1)
+            self._pending.append((leaves, drawn.slots >= 0 if everywhere else probes))
         return running
 
     def _may_idle(self) -> bool:
@@ -195,25 +205,24 @@ class GateBank:
         """Gate gradients since the last call.
 
         Args:
-            rows_factor: what turns dC/dgate of a row into the derivative of the row's own loss, by batch
-                size.
+            rows_factor: what turns dC/dgate of a row into the derivative of the row's own loss, by
+                batch size.
             scale: divisor of the gradients.
 
         Returns:
-            ``slope`` float32 ``[L, R]`` and ``counted`` bool ``[L, R]`` over all rows of all draws, or
-            ``None`` without evidence. A missing gradient is no evidence; it is not a zero.
+            ``slope`` float32 ``[L, R]`` and ``counted`` bool ``[L, R]`` over all rows of all draws,
+            or ``None`` without evidence. A missing gradient is no evidence; it is not a zero.
         """
         slopes, counts = [], []
-        for leaves in self._pending:
-            batch = leaves[0][1].shape[0]
-            slope = torch.zeros(len(self.gates), batch)
-            counted = torch.zeros(len(self.gates), batch, dtype=torch.bool)
-            for index, leaf, graded in leaves:
-                if leaf.grad is not None:
-                    slope[index] = leaf.grad.cpu()
-                    counted[index, graded.cpu()] = True
-            slopes.append(slope * (rows_factor(batch) / scale))
-            counts.append(counted)
+        for leaves, graded in self._pending:
+            silent = torch.zeros(graded.shape[1])
+            given = {index: leaf.grad for index, leaf in leaves.items() if leaf.grad is not None}
+            slope = torch.stack(
+                [given[i].cpu() if i in given else silent for i in range(len(self.gates))]
+            )
+            heard = torch.tensor([i in given for i in range(len(self.gates))])
+            slopes.append(slope * (rows_factor(graded.shape[1]) / scale))
+            counts.append(graded & heard[:, None])
         self._pending.clear()
         if not slopes:
             return None

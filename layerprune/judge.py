@@ -28,8 +28,8 @@ class Event:
         step: the training step at whose end it fell.
         section: the section's name.
         decision: ``"eliminated"``, ``"settled"``, ``"kept"`` (not eliminated, theta set back),
-            ``"closed"`` (theta said it pays, the test does not: theta is set to 0 for a second test),
-            ``"rounded-off"`` or ``"rounded-on"``.
+            ``"closed"`` (theta said it pays, the test does not: theta is set to 0 for a second
+            test), ``"rounded-off"`` or ``"rounded-on"``.
         by: ``"test"``, ``"rounding"`` or ``"attraction"``.
         difference: C(on) - C(off) that it rests on; None for the attraction rule.
         standard_error: of the difference.
@@ -52,8 +52,8 @@ class Event:
 class Judge:
     """Measures one section at a time and decides about it.
 
-    An attempt begins where the newest measurement says that it promises a verdict; else a single pilot
-    batch is measured now and then, which is no part of any attempt.
+    An attempt begins where the newest measurement says that it promises a verdict; else a single
+    pilot batch is measured now and then, which is no part of any attempt.
 
     Args:
         penalty: float32 ``[L]``, what each section must be worth.

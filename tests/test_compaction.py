@@ -383,8 +383,8 @@ def test_strip_leaves_no_trace(case):
     model.train()
     out = model(*inputs)
     (out.square().sum() if isinstance(out, torch.Tensor) else 0).backward()
-    pruner._bank.theta.fill_(1.0)
-    pruner._bank.advance()
+    pruner._run.bank.theta.fill_(1.0)
+    pruner._run.bank.advance()
     assert pruner.strip() is model
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
@@ -400,8 +400,8 @@ def test_strip_removes_what_evaluation_leaves_out(case):
     pruner = LayerPruner(
         model, example_inputs=example, total_steps=100, strength=0.1, cost="uniform"
     )
-    pruner._bank.theta[::2] = 0.3
-    pruner._bank.advance()
+    pruner._run.bank.theta[::2] = 0.3
+    pruner._run.bank.advance()
     expected = model.eval()(*inputs)
     count = sum(p.numel() for p in model.parameters())
     plain = pruner.strip()

@@ -71,18 +71,18 @@ def _measuring(model, index, theta, example, **options):
         model, example_inputs=example, total_steps=10_000, strength=0.1, config=config, **options
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    pruner._judge.choose = lambda *args, **kwargs: None
+    pruner._run.judge.choose = lambda *args, **kwargs: None
     while pruner.phase == "warm-up":
         pruner.step(optimizer)
-    pruner._judge.choose = lambda *args, **kwargs: index
-    pruner._judge.current = index
-    pruner._bank.theta[index] = theta
+    pruner._run.judge.choose = lambda *args, **kwargs: index
+    pruner._run.judge.current = index
+    pruner._run.bank.theta[index] = theta
     return pruner
 
 
 def _measure(pruner):
-    path, pruner._path = pruner._path, None
-    pruner._bank.collect(float, 1.0)
+    path, pruner._forwards._path = pruner._forwards._path, None
+    pruner._run.bank.collect(float, 1.0)
     return path.result()
 
 
@@ -94,7 +94,7 @@ def test_measured_difference_is_on_minus_off():
     off = copy.deepcopy(model)
     off.middle = nn.ReLU()
     expected = F.cross_entropy(model(x), y) - F.cross_entropy(off(x), y)
-    gate = pruner._bank.gates[1]
+    gate = pruner._run.bank.gates[1]
     found = measured_difference(model, gate, lambda: F.cross_entropy(model(x), y))
     assert found == pytest.approx(float(expected), abs=1e-7)
     assert found != 0 and gate.is_open and gate.draw is None
@@ -107,15 +107,15 @@ def test_a_measurement_leaves_no_trace():
     x, y = _data()
     model(x)
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    draws = [gate.draw for gate in pruner._bank.gates]
-    number = pruner._bank.draw_number
-    for gate in pruner._bank.gates:
+    draws = [gate.draw for gate in pruner._run.bank.gates]
+    number = pruner._run.bank.draw_number
+    for gate in pruner._run.bank.gates:
         assert measured_difference(model, gate, lambda: F.cross_entropy(model.forward(x), y)) != 0
     for name, value in model.state_dict().items():
         assert value.equal(state[name]), name
     assert torch.get_rng_state().equal(random)
-    assert all(a is b for a, b in zip(draws, (g.draw for g in pruner._bank.gates), strict=True))
-    assert pruner._bank.draw_number == number
+    assert all(a is b for a, b in zip(draws, (g.draw for g in pruner._run.bank.gates), strict=True))
+    assert pruner._run.bank.draw_number == number
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -127,7 +127,7 @@ def test_the_two_ends_have_one_dropout_mask():
     nn.init.zeros_(model.tail.branch[-1].bias)
     pruner = LayerPruner(model, example_inputs=torch.zeros(2, 5), total_steps=100, strength=0.1)
     x, y = _data()
-    gate = pruner._bank.gates[2]
+    gate = pruner._run.bank.gates[2]
     assert measured_difference(model, gate, lambda: F.cross_entropy(model.forward(x), y)) == 0
 
 
@@ -204,7 +204,7 @@ def test_the_output_path_is_unbiased(form, reduction, theta):
             found = _measure(pruner)
             assert found.rows == ROWS and found.variance >= 0 and found.is_finite
             exact = measured_difference(
-                model, pruner._bank.gates[index], lambda model=model: loss(model.forward(x), y)
+                model, pruner._run.bank.gates[index], lambda model=model: loss(model.forward(x), y)
             )
             # A row's own difference: of a sum over rows that is its share.
             exacts.append(exact / (ROWS if reduction == "sum" else 1))
@@ -225,7 +225,7 @@ def test_a_loss_computed_inside_is_measured_exactly(theta):
     for _ in range(5):
         model(x=x, target=y).backward()
         found = _measure(pruner)
-        gate = pruner._bank.gates[1]
+        gate = pruner._run.bank.gates[1]
         exact = measured_difference(model, gate, lambda: model.forward(x, y))
         assert found.mean == pytest.approx(exact, rel=1e-4, abs=1e-7)
         assert found.rows == 0 and math.isnan(found.variance) and math.isnan(found.third)
@@ -238,7 +238,7 @@ def test_a_gradient_scale_is_divided_out(theta):
     x, y = _data()
     pruner = _measuring(model, 1, theta, x)
     (F.cross_entropy(model(x), y) * 128).backward()
-    path = pruner._path
+    path = pruner._forwards._path
     plain, scaled = path.result(), path.result(128.0)
     assert scaled.mean == pytest.approx(plain.mean / 128)
     assert scaled.variance == pytest.approx(plain.variance / 128**2)
@@ -251,9 +251,9 @@ def test_the_estimates_moments_are_those_of_its_rows():
     x, y = _data()
     pruner = _measuring(model, 1, 1.0, x)
     out = model(x)
-    with side_forward(model), forced(pruner._bank.gates[1], False):
+    with side_forward(model), forced(pruner._run.bank.gates[1], False):
         off = model.forward(x)
-    with side_forward(model), forced(pruner._bank.gates[1], True):
+    with side_forward(model), forced(pruner._run.bank.gates[1], True):
         on = model.forward(x)
     moved = out.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(moved, y, reduction="sum"), moved)
@@ -279,7 +279,7 @@ def test_replayed_sections_equal_a_full_side_forward(monkeypatch, index, theta):
         if not replayed:
             monkeypatch.setattr(OutputPath, "_record", lambda *args: None)
         outputs.append(model(x))
-        names = {gate.name for gate in pruner._path.replayed()}
+        names = {gate.name for gate in pruner._forwards._path.replayed()}
         assert names == (set(SECTIONS[:index]) if replayed else set())
     assert outputs[0].equal(outputs[1])
 
@@ -333,15 +333,15 @@ def test_a_loss_that_is_not_back_propagated_measures_nothing():
     x, y = _data()
     pruner = _measuring(model, 1, 1.0, x)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    before = pruner._bank.theta.clone()
+    before = pruner._run.bank.theta.clone()
     model(x)
     report = pruner.step(optimizer)
-    assert not report.events and pruner._judge.test.batches(1) == 0
-    assert pruner._bank.theta.equal(before)
-    pruner._judge.current = 1
+    assert not report.events and pruner._run.judge.test.batches(1) == 0
+    assert pruner._run.bank.theta.equal(before)
+    pruner._run.judge.current = 1
     F.cross_entropy(model(x), y).backward()
     pruner.step(optimizer)
-    assert pruner._judge.test.batches(1) == 1
+    assert pruner._run.judge.test.batches(1) == 1
 
 
 def test_one_measurement_per_step():
@@ -350,10 +350,10 @@ def test_one_measurement_per_step():
     x, y = _data()
     pruner = _measuring(model, 1, 1.0, x)
     F.cross_entropy(model(x), y).backward()
-    first = pruner._path.result()
+    first = pruner._forwards._path.result()
     F.cross_entropy(model(x), y).backward()
-    assert pruner._path.result() == first
-    draw = pruner._bank.gates[1].draw
+    assert pruner._forwards._path.result() == first
+    draw = pruner._run.bank.gates[1].draw
     assert draw is not None and draw.rows.numel() < ROWS
 
 
@@ -378,7 +378,7 @@ def test_modules_that_work_in_place(activation, theta):
     for inplace in (False, True):
         model, pruner = build(inplace)
         F.cross_entropy(model(x), y).backward()
-        assert pruner._path.replayed()
+        assert pruner._forwards._path.replayed()
         # The section measured at 0 has no gradient.
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         assert len(gradients) == (8 if theta else 6)
@@ -399,7 +399,7 @@ def test_resnet_in_training_mode():
     for _ in range(40):
         F.cross_entropy(model(x), y).backward()
         exact = measured_difference(
-            model, pruner._bank.gates[1], lambda: F.cross_entropy(model.forward(x), y)
+            model, pruner._run.bank.gates[1], lambda: F.cross_entropy(model.forward(x), y)
         )
         errors.append(_measure(pruner).mean - exact)
     errors = torch.tensor(errors)

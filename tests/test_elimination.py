@@ -195,8 +195,9 @@ def test_a_needed_section_is_not_lost():
     assert needed > 150
 
 
-@pytest.mark.parametrize("kind", ["normal", "heavy", "skewed"])
-def test_a_useless_section_is_recognised(kind):
+@pytest.mark.parametrize("kind, least", [("normal", 96), ("heavy", 96), ("skewed", 90)])
+def test_a_useless_section_is_recognised(kind, least):
+    """In one attempt. On skewed rows the guard against false eliminations costs some power."""
     generator = np.random.default_rng(2)
     found = 0
     for _ in range(100):
@@ -206,7 +207,7 @@ def test_a_useless_section_is_recognised(kind):
             found += 1
             assert verdict.batches == used - 1 >= 2
             assert verdict.difference + PENALTY > 0
-    assert found > 95
+    assert found >= least
 
 
 def test_looks_are_at_powers_of_two():
@@ -254,7 +255,8 @@ def test_the_level_is_spent_by_the_union_bound():
     """The critical values of all looks and attempts add up to at most level / sections."""
     spent = 0.0
     for attempts in range(12):
-        spent += 5 * stats.t.sf(_critical(attempts), BATCH_PRIOR + 1)
+        # The first look's critical value; the looks share as 1 : 2 : 3 : 4 : 5.
+        spent += 15 * stats.t.sf(_critical(attempts), BATCH_PRIOR + 1)
     assert 0.04 / 15 < spent <= 0.05 / 15 * 1.0001
 
 
@@ -274,7 +276,7 @@ def test_a_pilot_is_only_looked_at():
 def test_what_promises_a_verdict(mean):
     """The excess, or the whole of nu, against Student's bound of the last look's error."""
     test = SequentialTest(15, looks=4)
-    level = 0.05 / 15 / 2 / 4
+    level = 0.05 / 15 / 2 * 4 / (1 + 2 + 3 + 4)
     bound = stats.t.isf(level, BATCH_PRIOR + 15)
     error = max(PENALTY, abs(mean + PENALTY)) / bound
     for factor, expected in ((0.99, True), (1.01, False)):
@@ -286,7 +288,7 @@ def test_a_spent_attempt_asks_for_a_better_pilot():
     for _ in range(2):
         spent.add(0, _flat(-PENALTY))
         spent.reset(0)
-    bound = stats.t.isf(0.05 / 15 / 2 / 4, BATCH_PRIOR + 15)
+    bound = stats.t.isf(0.05 / 15 / 2 * 4 / (1 + 2 + 3 + 4), BATCH_PRIOR + 15)
     pilot = _flat(0.0, 16 * (0.99 * PENALTY / bound) ** 2)
     assert first.worthwhile(0, PENALTY, pilot) and not spent.worthwhile(0, PENALTY, pilot)
 

@@ -72,7 +72,7 @@ def test_the_integral_of_a_rows_derivative_is_its_difference(trained, digits, co
     rows, points = 6, 200
     model = _freeze(copy.deepcopy(trained).double().train())
     pruner = _pruner(model, (digits[0].double(), digits[1]))
-    gates = pruner._bank.gates
+    gates = pruner._run.bank.gates
     generator = torch.Generator().manual_seed(1)
     for index, gate in enumerate(gates):
         images = digits[0][:rows].double().repeat(points, 1, 1, 1)
@@ -97,12 +97,12 @@ def test_the_integral_of_a_rows_derivative_is_its_difference(trained, digits, co
 def _collect(pruner, model, digits, theta, steps):
     """Estimates minus exact differences of their batches, and the latter, ``[steps, sections]``."""
     images, labels = digits
-    bank = pruner._bank
+    bank = pruner._run.bank
     bank.theta.fill_(theta)
     for _ in range(THETA_LAG):
         bank.advance()
     bank.probe_rate.fill_(0.15)
-    pruner._judge.choose = lambda *args, **kwargs: None
+    pruner._run.judge.choose = lambda *args, **kwargs: None
     generator = torch.Generator().manual_seed(2)
     errors, exacts = [], []
     for _ in range(steps):

@@ -199,11 +199,11 @@ def test_an_idle_section_costs_nothing_and_learns_nothing(rows):
     model = nn.Sequential(nn.Linear(4, 6), *blocks, nn.Linear(6, 2))
     pruner = _pruner(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    pruner._bank.theta[1] = 0.0
+    pruner._run.bank.theta[1] = 0.0
     for _ in range(THETA_LAG):
-        pruner._bank.advance()
-    pruner._allocate_probes()
-    assert pruner._bank.probe_rate[1] == 0
+        pruner._run.bank.advance()
+    pruner._learner.allocate_probes()
+    assert pruner._run.bank.probe_rate[1] == 0
     called = []
     for index, block in enumerate(blocks):
         block.branch.register_forward_pre_hook(lambda *_, k=index: called.append(k))
@@ -228,24 +228,24 @@ def test_a_forward_without_gradient_is_no_evidence():
     spent = pruner.ledger.train_flops
     with torch.no_grad():
         model(torch.randn(ROWS, 4))
-    assert pruner._bank.collect(lambda rows: 1.0, 1.0) is None
+    assert pruner._run.bank.collect(lambda rows: 1.0, 1.0) is None
     assert pruner.ledger.train_flops == spent
     model(torch.randn(ROWS, 4)).sum().backward()
     with torch.no_grad():
         model(torch.randn(ROWS, 4))
-    _, counted = pruner._bank.collect(lambda rows: 1.0, 1.0)
+    _, counted = pruner._run.bank.collect(lambda rows: 1.0, 1.0)
     assert counted.shape[1] == ROWS
 
 
 def test_evaluation_draws_nothing():
     model = _mlp()
     pruner = _pruner(model)
-    number = pruner._bank.draw_number
+    number = pruner._run.bank.draw_number
     model.eval()
     x = torch.randn(ROWS, 4)
     assert model(x).equal(model(x))
-    assert pruner._bank.draw_number == number
-    assert pruner._bank.collect(lambda rows: 1.0, 1.0) is None
+    assert pruner._run.bank.draw_number == number
+    assert pruner._run.bank.collect(lambda rows: 1.0, 1.0) is None
 
 
 @pytest.mark.parametrize("theta, is_open", [(0.0, False), (0.49, False), (0.5, True), (1.0, True)])
@@ -253,8 +253,8 @@ def test_evaluation_follows_theta(theta, is_open):
     model = _mlp(1)
     plain = copy.deepcopy(model).eval()
     pruner = _pruner(model)
-    pruner._bank.theta.fill_(theta)
-    pruner._bank.advance()
+    pruner._run.bank.theta.fill_(theta)
+    pruner._run.bank.advance()
     model.eval()
     x = torch.randn(5, 4)
     expected = plain(x) if is_open else plain[2](plain[0](x))
@@ -272,13 +272,13 @@ def test_every_forward_before_a_step_counts():
             expected = torch.zeros(size)
             expected[draw.probes] = draw.gate.grad[draw.probes] * size / 4.0
             rows.append((index, size, expected, draw.probes))
-    slope, counted = pruner._bank.collect(float, 4.0)
+    slope, counted = pruner._run.bank.collect(float, 4.0)
     assert slope.shape == counted.shape == (3, 20)
     for index, size, expected, probes in rows:
         part = slice(0, 8) if size == 8 else slice(8, 20)
         torch.testing.assert_close(slope[index, part], expected)
         assert counted[index, part].nonzero().flatten().equal(probes)
-    assert pruner._bank.collect(float, 1.0) is None
+    assert pruner._run.bank.collect(float, 1.0) is None
 
 
 def test_a_missing_gradient_is_no_evidence():
@@ -300,10 +300,10 @@ def test_a_missing_gradient_is_no_evidence():
         model, example_inputs=torch.zeros(2, 4), total_steps=100, strength=0.1, cost="uniform"
     )
     model(torch.randn(ROWS, 4)).square().mean().backward()
-    _, counted = pruner._bank.collect(float, 1.0)
+    _, counted = pruner._run.bank.collect(float, 1.0)
     assert bool(counted[0].any()) and not bool(counted[1].any())
     model(torch.randn(ROWS, 4))
-    _, counted = pruner._bank.collect(float, 1.0)
+    _, counted = pruner._run.bank.collect(float, 1.0)
     assert not counted.any()
 
 
@@ -341,17 +341,6 @@ def test_another_batch_size_names_the_section():
         model(torch.randn(6, 8))
 
 
-def test_an_explicit_draw_serves_one_forward():
-    model = _mlp()
-    pruner = _pruner(model)
-    pruner.draw(ROWS)
-    gates = _gates(model)
-    model(torch.randn(ROWS, 4))
-    assert _gates(model).equal(gates)
-    model(torch.randn(ROWS, 4))
-    assert not _gates(model).equal(gates)
-
-
 def _pickled(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -366,14 +355,14 @@ def test_a_copy_is_a_plain_model(copied, training):
     model = _mlp()
     plain = copy.deepcopy(model).train(training)
     pruner = _pruner(model)
-    pruner._bank.theta.fill_(0.1)
-    pruner._bank.advance()
+    pruner._run.bank.theta.fill_(0.1)
+    pruner._run.bank.advance()
     x = torch.randn(ROWS, 4)
     model(x).sum().backward()
     twin = copied(model).train(training)
-    number = pruner._bank.draw_number
+    number = pruner._run.bank.draw_number
     assert twin(x).equal(plain(x))
-    assert pruner._bank.draw_number == number
+    assert pruner._run.bank.draw_number == number
 
 
 def test_a_copied_gate_is_open():

@@ -339,15 +339,15 @@ def test_a_network_that_is_decided_trains_as_a_plain_one(digits):
     model = _mlp(blocks=2)
     plain = copy.deepcopy(model)
     pruner, optimizer = _pruner(model, 400), torch.optim.SGD(model.parameters(), lr=0.0)
-    pruner._judge.choose = lambda *args, **kwargs: None
+    pruner._run.judge.choose = lambda *args, **kwargs: None
     for step in range(300):
         _step(model, pruner, optimizer, digits, step)
         if pruner.phase == "cool-down":
             break
     # The two ways in which a section is settled: here by hand, as the last act of a step.
-    pruner._status[:] = ["settled", "settled"]
-    pruner._bank.theta.fill_(1.0)
-    pruner._bank.advance()
+    pruner._run.status[:] = ["settled", "settled"]
+    pruner._run.bank.theta.fill_(1.0)
+    pruner._run.bank.advance()
     plain.load_state_dict(model.state_dict())
     x, _ = _batch(digits, 0, rows=17)
     assert model(x).equal(plain(x))
@@ -370,13 +370,13 @@ def test_a_section_rounded_on_is_trained_on():
         config=config,
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    choose, pruner._judge.choose = pruner._judge.choose, lambda *args, **kwargs: None
+    choose, pruner._run.judge.choose = pruner._run.judge.choose, lambda *args, **kwargs: None
     for _ in range(60):
         if pruner.phase == "cool-down":
-            pruner._judge.choose = choose
+            pruner._run.judge.choose = choose
         if pruner.sections[0].status != "open":
             break
-        pruner._bank.theta.zero_()
+        pruner._run.bank.theta.zero_()
         x = torch.randn(32, 1)
         F.mse_loss(model(x), x).backward()
         pruner.step(optimizer)
@@ -475,14 +475,14 @@ def test_the_attraction_rule_asks_for_small_weights(digits):
     pruner = _pruner(model, 200, config=config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=1e-4)
     for step in range(3):
-        pruner._bank.theta[1] = 0.0
-        pruner._bank.theta[0] = 1.0
+        pruner._run.bank.theta[1] = 0.0
+        pruner._run.bank.theta[0] = 1.0
         _, report = _step(model, pruner, optimizer, digits, step)
         assert not report.eliminated
     for parameter in (*model[2].branch.parameters(), *model[3].branch.parameters()):
         parameter.data.mul_(1e-3)
-    pruner._bank.theta[1] = 0.0
-    pruner._bank.theta[0] = 1.0
+    pruner._run.bank.theta[1] = 0.0
+    pruner._run.bank.theta[0] = 1.0
     _, report = _step(model, pruner, optimizer, digits, 3)
     assert report.eliminated == ("3",)
     assert pruner.events[-1].by == "attraction"
@@ -595,11 +595,11 @@ def test_what_a_run_decides_by(inside):
     model = WithLoss() if inside else Idle()
     pruner = LayerPruner(model, example_inputs=torch.zeros(2, 6), total_steps=600, strength=0.05)
     heard, pilots = [], 0
-    hear = pruner._judge.hear
+    hear = pruner._run.judge.hear
 
     def listen(measurement, step, learning):
         nonlocal pilots
-        if pruner._judge.piloting:
+        if pruner._run.judge.piloting:
             pilots += 1
             # A wild pilot: it would be seen in any evidence that it were part of.
             measurement = replace(measurement, mean=100.0)
@@ -608,7 +608,7 @@ def test_what_a_run_decides_by(inside):
         heard.append(measurement.mean)
         return hear(measurement, step, learning)
 
-    pruner._judge.hear = listen
+    pruner._run.judge.hear = listen
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(600):
         x = torch.randn(64, 6)
@@ -765,12 +765,12 @@ def test_the_ledger_counts_the_rows_that_run(digits):
     model = _mlp()
     pruner, optimizer = _pruner(model, 300), _sgd(model)
     counts = _row_counter(model)
-    pruner._judge.choose = lambda *args, **kwargs: None
+    pruner._run.judge.choose = lambda *args, **kwargs: None
     for step in range(40):
         _step(model, pruner, optimizer, digits, step)
         if step == 20:
-            pruner._status[1] = "settled"
-            pruner._bank.theta[1] = 1.0
+            pruner._run.status[1] = "settled"
+            pruner._run.bank.theta[1] = 1.0
     expected = 3 * (40 * 64 * REST + BRANCH * sum(counts.values()))
     assert pruner.ledger.train_flops == pytest.approx(expected, rel=1e-9)
     assert pruner.ledger.fraction < 1
@@ -782,17 +782,17 @@ def test_the_ledger_counts_a_decision_test(digits, theta):
     model = _mlp()
     config = PruneConfig(warm_up=0.0, warm_up_limit=0.0)
     pruner, optimizer = _pruner(model, 300, config=config), _sgd(model)
-    pruner._judge.choose = lambda *args, **kwargs: None
+    pruner._run.judge.choose = lambda *args, **kwargs: None
     while pruner.phase == "warm-up":
         _step(model, pruner, optimizer, digits, 0)
-    pruner._judge.choose = lambda *args, **kwargs: 3
-    pruner._bank.theta[3] = theta
+    pruner._run.judge.choose = lambda *args, **kwargs: 3
+    pruner._run.bank.theta[3] = theta
     before = pruner.ledger.as_dict()
     counts = _row_counter(model)
     x, _ = _batch(digits, 1)
     model(x)
     # What the training forward ran: the draw's rows of each section.
-    draws = {gate.name: gate.draw for gate in pruner._bank.gates}
+    draws = {gate.name: gate.draw for gate in pruner._run.bank.gates}
     assert draws["5"] is bool(theta)
     training = {
         name: 64 * draw if isinstance(draw, bool) else draw.rows.numel()

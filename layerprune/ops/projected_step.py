@@ -1,7 +1,8 @@
 """Operation 4: one projected SGD step of every keep probability, in one call.
 
-The estimator's reduction, its running statistics, the competition between sections and the projection
-are small functions of ``[L]`` tensors. They are written once, here; nothing above repeats them.
+The estimator's reduction, its running statistics, the competition between sections and the
+projection are small functions of ``[L]`` tensors. They are written once, here; nothing above
+repeats them.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def _reference(
     )
     statistics.copy_(torch.where(seen, updated, statistics))
 
-    # A useless section (slope 0) goes from 1 to 0 in `horizon` steps, or in as many as keep the random
-    # walk's share of that way small.
+    # A useless section (slope 0) goes from 1 to 0 in `horizon` steps, or in as many as keep the
+    # random walk's share of that way small.
     variance = row_variance(statistics) / rows.clamp_min(1)
     duration = (noise_factor * variance / penalty.square()).clamp_min(horizon)
     moved = (theta - (estimate + penalty) / (penalty * duration)).clamp_(0, 1)
@@ -85,7 +86,8 @@ def _reference(
         in_play.copy_(free)
         allowed = free
     else:
-        # Those already falling stay in play while they should fall; free places go to the largest excess.
+        # Those already falling stay in play while they should fall; free places go to the largest
+        # excess.
         falling = free & (statistics[0] > 0) & (excess > 0)
         score = torch.where(falling, excess + in_play * 1e6, -torch.inf)
         best = score.topk(min(max_descending, score.numel())).indices
@@ -101,8 +103,9 @@ def _fake(*_: object) -> None:
 
 
 _op = register(
-    "projected_gate_step_(Tensor(a!) theta, Tensor(b!) statistics, Tensor(c!) in_play, Tensor slope, "
-    "Tensor counted, Tensor penalty, Tensor free, float horizon, float noise_factor, float decay, "
+    "projected_gate_step_(Tensor(a!) theta, Tensor(b!) statistics, Tensor(c!) in_play, "
+    "Tensor slope, Tensor counted, Tensor penalty, Tensor free, float horizon, float "
+    "noise_factor, float decay, "
     "float confidence, int max_descending) -> ()",
     _reference,
     _fake,
@@ -129,8 +132,8 @@ def projected_gate_step_(
     For a section l with evidence in this step, g_l = mean of ``slope`` over its counted rows, and
     ``theta_l <- clip(theta_l - (g_l + nu_l) / (nu_l h_l), 0, 1)`` with
     ``h_l = max(horizon, noise_factor * var_l / nu_l**2)``, var_l the variance of g_l.
-    At most ``max_descending`` sections (largest running mean of g + nu) are in play; another section moves
-    only when the upper confidence bound of its g + nu is below zero.
+    At most ``max_descending`` sections (largest running mean of g + nu) are in play; another
+    section moves only when the upper confidence bound of its g + nu is below zero.
 
     Args:
         theta: float32 ``[L]`` in [0, 1], updated in place.
@@ -152,7 +155,8 @@ def projected_gate_step_(
     sections = theta.shape[0]
     if statistics.shape != (STATISTICS, sections) or penalty.shape != (sections,):
         raise ValueError(
-            f"statistics must be [{STATISTICS}, {sections}] and penalty [{sections}] for theta of shape "
+            f"statistics must be [{STATISTICS}, {sections}] and penalty [{sections}] for "
+            "theta of shape "
             f"{tuple(theta.shape)}, got {tuple(statistics.shape)} and {tuple(penalty.shape)}"
         )
     if slope.shape != counted.shape or slope.shape[:1] != (sections,) or slope.dim() != 2:

@@ -61,7 +61,7 @@ class Section:
         ]
 
     def branch_flops(self, flops: dict[str, float]) -> float:
-        """Operations of one row through the branch, from `cost.forward_flops` of the whole model."""
+        """Operations of one row's branch, from `cost.forward_flops` of the whole model."""
         kept = sum(flops.get(f"{self.name}.{name}", 0.0) for name in self.adapter.kept(self.module))
         return flops.get(self.name, 0.0) - kept
 
@@ -82,7 +82,9 @@ class ResidualAdapter:
     def remainder(self, module: GatedResidual, nonnegative_input: bool) -> nn.Module:
         """See `Adapter`."""
         activation = nn.ReLU() if module.activation == "relu" else module.activation
-        return straight_path("shortcut", module.shortcut, "activation", activation, nonnegative_input)
+        return straight_path(
+            "shortcut", module.shortcut, "activation", activation, nonnegative_input
+        )
 
     def kept(self, module: GatedResidual) -> tuple[str, ...]:
         """See `Adapter`."""

@@ -46,13 +46,13 @@ def find_sections(model: nn.Module, example_inputs: Inputs, ignored: Ignored = (
     """Finds what can be gated: `GatedResidual`s, known blocks, and opaque blocks.
 
     An opaque block is an element of a `Sequential` or `ModuleList`, made of several modules, with
-    weights, whose output has its input's shape. Which of its arguments carry the batch is found by two
-    forwards on the meta device, with B and B + 1 rows.
+    weights, whose output has its input's shape. Which of its arguments carry the batch is found by
+    two forwards on the meta device, with B and B + 1 rows.
 
     Args:
         model: any module; left as it is.
-        example_inputs: what the model is called with: a tensor, a sequence of positional or a mapping
-            of keyword arguments. The first tensor's first dimension is the batch.
+        example_inputs: what the model is called with: a tensor, a sequence of positional or a
+            mapping of keyword arguments. The first tensor's first dimension is the batch.
         ignored: modules, module types or regular expressions (matched against the whole qualified
             name) to leave ungated.
 
@@ -68,7 +68,12 @@ def find_sections(model: nn.Module, example_inputs: Inputs, ignored: Ignored = (
     seen: set[nn.Module] = set()
     for name, module in model.named_modules():
         adapter = adapter_of(module)
-        if adapter is None or not name or _is_ignored(name, module, ignored) or _inside(name, taken):
+        if (
+            adapter is None
+            or not name
+            or _is_ignored(name, module, ignored)
+            or _inside(name, taken)
+        ):
             continue
         seen.add(module)
         taken.append(name)
@@ -145,11 +150,12 @@ def _recorded_calls(model: nn.Module, inputs: Inputs) -> dict[str, list[_Call]]:
 
 
 def _run_twice(model: nn.Module, inputs: Inputs, calls: dict[str, list[_Call]]) -> None:
-    """Runs the model with B and with B + 1 rows; the first way of resizing its inputs that works."""
+    """Runs the model with B and B + 1 rows, resizing its inputs in the first way that works."""
     rows = batch_size_of(inputs)
     first, *others = batch_tensors(inputs)
     error: Exception | None = None
-    # A mask, say, may have as many rows as the batch without being one: leave out none, one, two, ...
+    # A mask, say, may have as many rows as the batch without being one: leave out none, one, two,
+    # ...
     for left_out in range(len(others) + 1):
         for kept in itertools.combinations(others, len(others) - left_out):
             calls.clear()
@@ -161,7 +167,8 @@ def _run_twice(model: nn.Module, inputs: Inputs, calls: dict[str, list[_Call]]) 
             else:
                 return
     raise ValueError(
-        f"the model does not run with example_inputs of {rows} rows: {error}. Give inputs as the training "
+        f"the model does not run with example_inputs of {rows} rows: {error}. Give inputs "
+        "as the training "
         "loop does, with the batch in the first dimension."
     ) from error
 

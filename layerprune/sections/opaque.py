@@ -1,6 +1,7 @@
 """Opaque sections: any module whose output has its input's shape.
 
-``y = x + gate * (B(x) - x)``, exactly ``x`` at gate 0 and exactly ``B(x)`` at gate 1, whatever B is.
+``y = x + gate * (B(x) - x)``, exactly ``x`` at gate 0 and exactly ``B(x)`` at gate 1, whatever B
+is.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class OpaqueTwin:
         """Runs the module on the running rows and mixes the result with its input."""
         adapter, gate = getattr(self, GATE_ATTRIBUTE)
         run = super().forward
-        return gate.run(lambda: _forward(gate, self.training, run, adapter.batched, x, args, kwargs))
+        return gate.run(
+            lambda: _forward(gate, self.training, run, adapter.batched, x, args, kwargs)
+        )
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The twin's class exists only in memory: name it by its original.

@@ -11,7 +11,7 @@ from layerprune import ops
 from layerprune.gates import Gate
 
 GATE_ATTRIBUTE = "_layerprune_gate"
-"""Where a section's module keeps its gate: a plain attribute, so that `state_dict` never sees it."""
+"""Where a module keeps its gate: a plain attribute, so that `state_dict` never sees it."""
 
 Activation = str | nn.Module | None
 
@@ -31,7 +31,7 @@ def gated_forward(
     shortcut: Callable[[Tensor], Tensor] | None,
     activation: Activation,
 ) -> Tensor:
-    """y = act(shortcut(x) + gate * branch(x)), the branch on the running rows only."""
+    """Computes y = act(shortcut(x) + gate * branch(x)), the branch on the running rows only."""
     return gate.run(lambda: _forward(gate, training, x, branch, shortcut, activation))
 
 
@@ -95,6 +95,4 @@ class GatedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, *S]`` to ``[B, *S']``."""
         gate = getattr(self, GATE_ATTRIBUTE)
-        return gated_forward(
-            gate, self.training, x, self.branch, self.shortcut, self.activation
-        )
+        return gated_forward(gate, self.training, x, self.branch, self.shortcut, self.activation)

@@ -62,7 +62,8 @@ class BlockAdapter:
 
     def remainder(self, module: nn.Module, nonnegative_input: bool) -> nn.Module:
         """See `Adapter`."""
-        # Not the block's own ReLU: that one works in place, on what is now the previous block's output.
+        # Not the block's own ReLU: that one works in place, on what is now the previous block's
+        # output.
         return straight_path("downsample", module.downsample, "relu", nn.ReLU(), nonnegative_input)
 
     def kept(self, module: nn.Module) -> tuple[str, ...]:

@@ -96,11 +96,12 @@ def _tiles(record: RunRecord, dense: RunRecord | None) -> Iterable[str]:
         tests = summary.get("test_flops_fraction")
         detail = "of dense" + (f"; {percent(tests)} for the tests" if tests else "")
         yield tile("Training FLOPs", percent(spent), detail, spent)
-    seconds = _first(summary.get("seconds"), latest.get("seconds"))
+    seconds = _first(summary.get("train_seconds"), latest.get("seconds"))
     if seconds is not None:
-        if reference.get("seconds") and summary.get("finished"):
-            share = seconds / reference["seconds"]
-            detail = f"of dense; {duration(seconds)}, not {duration(reference['seconds'])}"
+        before = reference.get("train_seconds")
+        if before and summary.get("finished"):
+            share = seconds / before
+            detail = f"of dense; {duration(seconds)}, not {duration(before)}"
             yield tile("Training time", percent(share), detail, share)
         else:
             yield tile("Training time", duration(seconds), "wall time")

@@ -1,0 +1,162 @@
+"""What happens at a model's forward in training mode: the draw, a decision test, the accounting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from layerprune.cost import batch_size_of
+from layerprune.difference import OutputPath
+from layerprune.elimination import Measurement
+from layerprune.ledger import BACKWARD
+from layerprune.run import RunState
+
+
+class _Hook:
+    """A forward hook that a copy or a pickle of the model does not take along."""
+
+    def __init__(self, call: Callable[..., object] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *args: object) -> object:
+        return None if self._call is None else self._call(*args)
+
+    def __deepcopy__(self, memo: dict) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple:
+        return _Hook, ()
+
+
+class Forwards:
+    """Hooks on a model's forward.
+
+    Args:
+        model: the model.
+        run: the run it belongs to.
+        rows_factor: what turns dC/d(row) into the derivative of the row's own loss, by batch size.
+        model_flops: operations of one row's dense forward.
+        branch_flops: each section's share of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: RunState,
+        rows_factor: Callable[[int], float],
+        model_flops: float,
+        branch_flops: list[float],
+    ) -> None:
+        self._model = model
+        self._run = run
+        self._rows_factor = rows_factor
+        self._model_flops = model_flops
+        self._branch_flops = branch_flops
+        self._path: OutputPath | None = None
+        self._batch_size = 0
+        self._spent = [0.0] * len(branch_flops)
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
+            model.register_forward_hook(_Hook(self._after), with_kwargs=True),
+        ]
+
+    def close(self) -> None:
+        """Takes the hooks off the model and opens the gates in training mode."""
+        for handle in self._handles:
+            handle.remove()
+        self._run.bank.open_all()
+
+    def measurement(self, scale: float) -> Measurement | None:
+        """The decision test's measurement since the last call, if there was one.
+
+        Args:
+            scale: divisor of the gradients.
+        """
+        path, self._path = self._path, None
+        return None if path is None else path.result(scale)
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        run = self._run
+        alive = [
+            section.module.training
+            for section, status in zip(run.sections, run.status, strict=True)
+            if status != "eliminated"
+        ]
+        if not (any(alive) if alive else model.training):
+            return
+        self._batch_size = batch_size_of((args, kwargs))
+        recording = torch.is_grad_enabled()
+        candidate = self._candidate() if recording and self._path is None else None
+        forced = {} if candidate is None else {candidate: self._nearest_end(candidate)}
+        running = self._draw(forced, recording)
+        if recording:
+            self._account(running)
+        if candidate is not None:
+            self._path = OutputPath(
+                candidate,
+                run.bank.gates[candidate],
+                run.bank.gates,
+                model,
+                trained_on=forced[candidate] == 1.0,
+                rng=(run.bank.seed, run.bank.draw_number),
+                batch_size=self._batch_size,
+                rows_factor=self._rows_factor(self._batch_size),
+            )
+
+    def _candidate(self) -> int | None:
+        """The section to measure in this forward."""
+        run = self._run
+        learning = run.phase == "learning"
+        if run.phase == "warm-up" or (learning and run.config.rule != "test"):
+            return None
+        return run.judge.choose(run.step_count, run.bank.theta, run.status, learning)
+
+    def _nearest_end(self, index: int) -> float:
+        return 1.0 if float(self._run.bank.theta[index]) >= 0.5 else 0.0
+
+    def _draw(self, forced: dict[int, float], recording: bool) -> list[int]:
+        """Hands the gates their draws; returns the rows on which each branch runs."""
+        run = self._run
+        if not run.where("open"):
+            run.bank.open_all()
+            return [self._batch_size] * len(run.sections)
+        with run.ledger.timed("draw"):
+            return run.bank.draw(
+                self._batch_size,
+                skip=frozenset(i for i, status in enumerate(run.status) if status != "open"),
+                forced=forced,
+                record=recording,
+                device=next(self._model.parameters()).device,
+            )
+
+    def _account(self, running: list[int]) -> None:
+        run = self._run
+        self._spent = [
+            0.0 if status == "eliminated" else flops * rows
+            for flops, rows, status in zip(self._branch_flops, running, run.status, strict=True)
+        ]
+        spent = self._fixed_flops() + sum(self._spent)
+        run.ledger.train_flops += (1 + BACKWARD) * spent
+        run.ledger.dense_train_flops += (1 + BACKWARD) * self._batch_size * self._model_flops
+
+    def _fixed_flops(self) -> float:
+        return self._batch_size * (self._model_flops - sum(self._branch_flops))
+
+    def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+        run, path = self._run, self._path
+        if path is None or not path.waiting:
+            return None
+        with run.ledger.timed("test"):
+            mixed = path.finish(model, args, kwargs, output)
+        replayed = path.replayed()
+        spent = self._fixed_flops()
+        for index, gate in enumerate(run.bank.gates):
+            if index == path.index:
+                spent += 0.0 if path.trained_on else self._branch_flops[index] * self._batch_size
+            elif gate not in replayed:
+                spent += self._spent[index]
+        run.ledger.test_flops += spent
+        run.ledger.train_flops += spent
+        return mixed
