@@ -133,6 +133,7 @@ FINAL = {
     "parameters": 108_234,
     "parameters_dense": 464_154,
     "seconds": 60.0,
+    "train_seconds": 60.0,
     "verify_max_abs_difference": 0.0,
     "versions": {"torch": "2.15.0"},
 }
@@ -140,7 +141,7 @@ FINAL = {
 
 def test_a_finished_run_shows_its_figures_names_and_evidence(tmp_path):
     run = make_run(tmp_path / "pruned", NAMES, removed=NAMES[:2], extra=FINAL)
-    dense = {"accuracy": 0.9900, "seconds": 150.0}
+    dense = {"accuracy": 0.9900, "train_seconds": 150.0}
     page = page_of(run, make_run(tmp_path / "dense", (), extra=dense))
     for name in NAMES:
         assert name in page.text  # parsed text: escaped once, and not twice
@@ -178,7 +179,7 @@ def test_a_dense_run_has_a_report_without_sections(tmp_path):
 
 def test_a_run_in_progress_is_not_measured_against_a_finished_one(tmp_path):
     run = make_run(tmp_path / "run", NAMES, epochs=2, planned=9, removed=NAMES[:1], finished=False)
-    dense = make_run(tmp_path / "dense", (), extra={"accuracy": 0.99, "seconds": 100.0})
+    dense = make_run(tmp_path / "dense", (), extra={"accuracy": 0.99, "train_seconds": 100.0})
     page = page_of(run, dense)
     assert "in progress, epoch 2 of 9" in page.text
     assert "Architecture so far" in page.text
