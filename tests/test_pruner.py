@@ -936,3 +936,25 @@ def test_a_model_in_evaluation_mode_is_left_alone(digits):
     pruner.step(_sgd(model))
     assert [info.theta for info in pruner.sections] == before
     assert pruner.ledger.train_flops == 0
+
+
+def test_the_difference_of_a_section_is_the_loss_with_it_less_the_loss_without():
+    torch.manual_seed(3)
+    blocks = [GatedResidual(nn.Linear(6, 6), activation="relu") for _ in range(3)]
+    model = nn.Sequential(nn.Linear(4, 6), *blocks, nn.Linear(6, 2))
+    pruner = LayerPruner(model, example_inputs=torch.zeros(2, 4), total_steps=100, strength=0.1)
+    x, y = torch.randn(9, 4), torch.randint(0, 2, (9,))
+
+    def loss():
+        return nn.functional.cross_entropy(model(x), y)
+
+    without = copy.deepcopy(model).eval()
+    without[2] = nn.ReLU()
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(copy.deepcopy(model).eval()(x), y)
+        expected -= nn.functional.cross_entropy(without(x), y)
+    assert model.training
+    assert pruner.difference("2", loss) == pytest.approx(float(expected), abs=1e-7)
+    assert model.training
+    with pytest.raises(ValueError, match="'4' is no section"):
+        pruner.difference("4", loss)
