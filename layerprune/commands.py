@@ -29,7 +29,7 @@ from layerprune.training.runfolder import (
 
 __all__ = ["FAILURES", "MISTAKES", "Interrupted", "app"]
 
-MISTAKES = (recipe.RecipeError, data.DataError, RunFolderError, CheckpointError, FileNotFoundError)
+MISTAKES = (recipe.RecipeError, data.DataError, RunFolderError, CheckpointError, OSError)
 """What the user can set right."""
 FAILURES = (TrainingDiverged,)
 

@@ -31,7 +31,8 @@ class PruneConfig:
         tolerance: theta counts as 0 or 1 within this; bound of the attraction rule.
         level: probability that a run eliminates any section that pays.
         looks: looks of a test, at 2, 4, 8, ... batches.
-        min_rows: rows on which a living branch runs at the least.
+        min_rows: rows on which a branch that runs at all does so at the least; a smaller batch runs
+            whole.
         row_multiple: multiple to which the number of running rows is padded.
         scheme: how gates are drawn, ``"systematic"`` or ``"independent"``.
     """
@@ -55,6 +56,18 @@ class PruneConfig:
     scheme: Literal["systematic", "independent"] = "systematic"
 
     def __post_init__(self) -> None:
+        whole = ["looks", "min_rows", "row_multiple"]
+        if self.max_descending is not None:
+            whole.append("max_descending")
+        for name in whole:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an int, got {value!r}")
+        if not (math.isfinite(self.noise_factor) and math.isfinite(self.confidence)):
+            raise ValueError(
+                "noise_factor and confidence must be finite, got "
+                f"{self.noise_factor} and {self.confidence}"
+            )
         unit = (
             "theta_init",
             "warm_up",
@@ -115,7 +128,7 @@ class Schedule:
     horizon: int
 
     @classmethod
-    def from_config(cls, config: PruneConfig, total_steps: int) -> Schedule:
+    def from_config(cls, config: PruneConfig, total_steps: int | None) -> Schedule:
         """Rounds the shares to steps.
 
         Raises:

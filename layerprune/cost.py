@@ -30,9 +30,7 @@ def batch_size_of(inputs: object) -> int:
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]
-    raise ValueError(
-        "example_inputs holds no tensor with a batch dimension; give the model's inputs"
-    )
+    raise ValueError("example_inputs, or what the model is called with, hold no tensor of a batch")
 
 
 @contextmanager
@@ -85,8 +83,14 @@ def dry_run(
     state = {name: p.detach().to("meta") for name, p in model.named_parameters()}
     state |= {name: b.to("meta") for name, b in model.named_buffers()}
     args, kwargs = as_call(tree_map(to_meta, inputs))
-    with torch.no_grad(), evaluating(model):
-        return functional_call(model, state, args, kwargs)
+    # torch's fused attention in evaluation mode makes nested tensors, which have no meta form.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), evaluating(model):
+            return functional_call(model, state, args, kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def forward_flops(model: nn.Module, inputs: Inputs) -> dict[str, float]:

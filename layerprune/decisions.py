@@ -39,6 +39,30 @@ def apply_verdict(run: RunState, learner: ThetaLearner, index: int, verdict: Ver
     return False
 
 
+def round_by_theta(run: RunState, leaving: list[int]) -> list[int]:
+    """Rounds what a cool-down too short for measurements left open, as evaluation would have it.
+
+    Args:
+        run: the run, in its last step.
+        leaving: sections that leave the model in this step anyway.
+
+    Returns:
+        The sections to leave the model too.
+    """
+    gone = []
+    for index in run.where("open"):
+        if index in leaving:
+            continue
+        kept = float(run.bank.theta[index]) >= 0.5
+        _record(run, index, "rounded-on" if kept else "rounded-off", "rounding", None)
+        if kept:
+            run.status[index] = "settled"
+            run.bank.theta[index] = 1.0
+        else:
+            gone.append(index)
+    return gone
+
+
 def attracted(run: RunState) -> list[int]:
     """The open sections in the domain of attraction of (0, 0), each with its event recorded."""
     gone = [

@@ -102,6 +102,7 @@ class OutputPath:
         model: the model, just ahead of its training forward.
         trained_on: whether the training forward has the section on.
         rng: seed and number that t is drawn by.
+        batch_size: rows of the batch.
         rows_factor: what turns dC/dout of a row into the derivative of the row's own loss.
     """
 
@@ -152,6 +153,11 @@ class OutputPath:
     def _stop_recording(self) -> None:
         for gate in self._gates:
             gate.recorder = None
+
+    def abandon(self) -> None:
+        """Takes back what was asked of the gates: no output will come."""
+        self._stop_recording()
+        self._gate.on_entry = self._gate.on_exit = None
 
     def replayed(self) -> set[Gate]:
         """The gates whose sections the other end does not compute again."""

@@ -66,6 +66,8 @@ class Forwards:
         """Takes the hooks off the model and opens the gates in training mode."""
         for handle in self._handles:
             handle.remove()
+        if self._path is not None:
+            self._path.abandon()
         self._run.bank.open_all()
 
     def measurement(self, scale: float) -> Measurement | None:
@@ -78,6 +80,10 @@ class Forwards:
         return None if path is None else path.result(scale)
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._path is not None and self._path.waiting:
+            # The forward that it was begun for raised: what it noted is of another batch.
+            self._path.abandon()
+            self._path = None
         run = self._run
         alive = [
             section.module.training

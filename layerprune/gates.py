@@ -46,12 +46,13 @@ class Gate:
     pickle of a gate is open and knows nothing of the pruner: a copied model is a plain one.
     """
 
-    __slots__ = ("draw", "is_open", "name", "on_entry", "on_exit", "recorder", "replay")
+    __slots__ = ("draw", "is_open", "name", "on_entry", "on_exit", "owned", "recorder", "replay")
 
     def __init__(self, name: str = "section") -> None:
         self.name = name
         self.draw: SectionDraw | bool | None = None
         self.is_open = True
+        self.owned = False
         self.on_entry: Callable[[], None] | None = None
         self.on_exit: Callable[[], None] | None = None
         self.recorder: Callable[[Gate, Tensor], None] | None = None
@@ -108,6 +109,8 @@ class GateBank:
 
     def __init__(self, names: list[str], config: PruneConfig, seed: int) -> None:
         self.gates = [Gate(name) for name in names]
+        for gate in self.gates:
+            gate.owned = True
         self.config = config
         self.theta = torch.full((len(names),), float(config.theta_init))
         self.probe_rate = torch.zeros(len(names))

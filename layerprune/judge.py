@@ -31,7 +31,8 @@ class Event:
             ``"closed"`` (theta said it pays, the test does not: theta is set to 0 for a second
             test), ``"rounded-off"`` or ``"rounded-on"``.
         by: ``"test"``, ``"rounding"`` or ``"attraction"``.
-        difference: C(on) - C(off) that it rests on; None for the attraction rule.
+        difference: C(on) - C(off) that it rests on; None for the attraction rule, and for sections
+            rounded by theta in the run's last step.
         standard_error: of the difference.
         batches: batches that the difference rests on.
         penalty: the section's nu; the section pays if the difference is below minus this.

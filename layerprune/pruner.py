@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layerprune.compaction import check_optimizer, remove_sections
 from layerprune.config import Phase, PruneConfig, Schedule
 from layerprune.cost import Inputs, evaluating, forward_flops, relative_costs
-from layerprune.decisions import apply_verdict, attracted, check_decay
+from layerprune.decisions import apply_verdict, attracted, check_decay, round_by_theta
 from layerprune.difference import measured_difference
 from layerprune.forwards import Forwards
 from layerprune.gates import GateBank
@@ -81,7 +81,9 @@ class LayerPruner:
             optimizer.zero_grad()
         plain = pruner.strip()
 
-    Gates are drawn at every forward in training mode; evaluation is deterministic.
+    Gates are drawn at every forward in training mode; evaluation is deterministic. A copy of the
+    model, such as an averaged one, is not compacted along: make it in cool-down, or anew when
+    ``report.changed``.
 
     Args:
         model: the model; its sections are gated in place.
@@ -115,6 +117,8 @@ class LayerPruner:
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be an int in [0, 2**63), got {seed!r}")
         self.model = model
         self.loss_reduction = loss_reduction
         config = config or PruneConfig()
@@ -125,6 +129,11 @@ class LayerPruner:
                 f"{type(model).__name__} has no section that can be gated: build it with "
                 "GatedResidual, or pass `sections`"
             )
+        for section in found:
+            if section.adapter.is_gated(section.module):
+                raise ValueError(
+                    f"section {section.name!r} already has a pruner: call its strip() first"
+                )
         names = [section.name for section in found]
         flops = forward_flops(model, example_inputs)
         self._branch_flops = [section.branch_flops(flops) for section in found]
@@ -141,7 +150,7 @@ class LayerPruner:
             judge=Judge(penalty, config, recheck=schedule.horizon),
             status=["open"] * len(found),
         )
-        self._optimizer_checked = False
+        self._optimizer: torch.optim.Optimizer | None = None
         self._learner = ThetaLearner(self._run)
         for section, gate in zip(found, self._run.bank.gates, strict=True):
             section.adapter.attach(section.module, gate)
@@ -227,14 +236,16 @@ class LayerPruner:
         """
         run = self._run
         with run.ledger.timed("step"):
-            if not self._optimizer_checked:
+            if optimizer is not self._optimizer:
                 check_optimizer(self.model, optimizer)
                 if run.config.rule == "attraction":
                     check_decay(run, optimizer)
-                self._optimizer_checked = True
+                self._optimizer = optimizer
             phase, first_event = run.phase, len(run.events)
             scale = (scaler.get_scale() if scaler is not None else 1.0) / accumulation
             gone = self._learn(scale, skipping=scaler is not None)
+            if run.step_count + 1 == run.schedule.total_steps:
+                gone += round_by_theta(run, leaving=gone)
             if gone:
                 self._eliminate(gone, optimizer)
             run.step_count += 1
@@ -270,7 +281,8 @@ class LayerPruner:
     def strip(self) -> nn.Module:
         """Ends pruning: the same model without gates, of its original classes.
 
-        Sections still undecided are kept or removed as evaluation would have it (theta >= 1/2).
+        Sections still undecided, where fewer than ``total_steps`` were made, are kept or removed as
+        evaluation would have it (theta >= 1/2); an optimizer is not edited then.
         """
         self.close()
         run = self._run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+import torch
 from torch import Tensor
 
 from layerprune.config import Phase, PruneConfig, Schedule
@@ -67,6 +68,7 @@ class RunState:
             "learning_since": self.learning_since,
             "status": list(self.status),
             "penalty": self.penalty.clone(),
+            "config": asdict(self.config),
             "bank": self.bank.state_dict(),
             "judge": self.judge.state_dict(),
             "events": [asdict(event) for event in self.events],
@@ -97,10 +99,14 @@ class RunState:
             )
         if self.step_count:
             raise ValueError("load the state into a pruner freshly made on the dense model")
+        config = asdict(self.config)
+        if not torch.equal(state["penalty"], self.penalty) or state["config"] != config:
+            raise ValueError(
+                "the state is of a run with another strength, cost or configuration than this one"
+            )
         self.step_count = state["step_count"]
         self.learning_since = state["learning_since"]
         self.status[:] = state["status"]
-        self.penalty.copy_(state["penalty"])
         self.bank.load_state_dict(state["bank"])
         self.judge.load_state_dict(state["judge"])
         self.events[:] = [Event(**event) for event in state["events"]]

@@ -958,3 +958,99 @@ def test_the_difference_of_a_section_is_the_loss_with_it_less_the_loss_without()
     assert model.training
     with pytest.raises(ValueError, match="'4' is no section"):
         pruner.difference("4", loss)
+
+
+def test_a_forward_that_raises_leaves_no_measurement_behind():
+    class Fails(nn.Sequential):
+        bad = False
+
+        def forward(self, x):
+            out = super().forward(x)
+            if self.bad:
+                raise MemoryError
+            return out
+
+    def train(failing):
+        torch.manual_seed(0)
+        model = Fails(*[GatedResidual(nn.Linear(6, 6)) for _ in range(3)], nn.Linear(6, 2))
+        pruner = LayerPruner(model, example_inputs=torch.zeros(2, 6), total_steps=60, strength=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(30):
+            x = torch.randn(32, 6, generator=generator)
+            for model.bad in (True, False) if failing else (False,):
+                if model.bad:
+                    with pytest.raises(MemoryError):
+                        model(100 * torch.randn(17, 6))
+                else:
+                    F.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+            optimizer.step()
+            pruner.step(optimizer)
+            optimizer.zero_grad()
+        return pruner
+
+    failed, clean = train(True), train(False)
+    assert failed.events and clean.events
+    for pruner in (failed, clean):
+        assert all(abs(event.difference) < 1 for event in pruner.events)
+        assert pruner._forwards._path is None
+
+
+def test_nothing_is_left_open_at_the_end_of_a_run_too_short_to_measure():
+    torch.manual_seed(0)
+    blocks = [GatedResidual(nn.Linear(6, 6)) for _ in range(8)]
+    model = nn.Sequential(*blocks, nn.Linear(6, 2))
+    pruner = LayerPruner(model, example_inputs=torch.zeros(2, 6), total_steps=8, strength=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(8):
+        model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+        report = pruner.step(optimizer)
+        optimizer.zero_grad()
+    assert report.step == 8
+    assert all(info.status != "open" and info.theta in (0.0, 1.0) for info in pruner.sections)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in pruner.strip().parameters()}
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_a_second_pruner_is_refused_until_the_first_is_stripped(opaque):
+    def block():
+        linear = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        return linear if opaque else GatedResidual(linear)
+
+    model = nn.Sequential(block(), block(), nn.Linear(6, 2))
+    options = {"example_inputs": torch.zeros(2, 6), "total_steps": 100, "strength": 0.1}
+    first = LayerPruner(model, **options)
+    with pytest.raises(ValueError, match="already has a pruner"):
+        LayerPruner(model, **options)
+    first.strip()
+    LayerPruner(model, **options)
+
+
+def test_another_optimizer_is_checked_before_anything_changes():
+    torch.manual_seed(0)
+    model = nn.Sequential(GatedResidual(nn.Linear(6, 6)), nn.Linear(6, 2))
+    pruner = LayerPruner(model, example_inputs=torch.zeros(2, 6), total_steps=100, strength=0.1)
+    pruner.step(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+        pruner.step(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    assert pruner.step_count == 1
+
+
+def test_a_state_of_another_strength_is_refused():
+    def pruner(strength):
+        model = nn.Sequential(GatedResidual(nn.Linear(6, 6)), nn.Linear(6, 2))
+        options = {"example_inputs": torch.zeros(2, 6), "total_steps": 100}
+        return LayerPruner(model, strength=strength, **options)
+
+    with pytest.raises(ValueError, match="another strength"):
+        pruner(0.2).load_state_dict(pruner(0.1).state_dict())
+
+
+@pytest.mark.parametrize("seed", [None, "a", -1, 2**63, True])
+def test_a_seed_that_is_none_is_refused_at_once(seed):
+    model = nn.Sequential(GatedResidual(nn.Linear(6, 6)), nn.Linear(6, 2))
+    options = {"example_inputs": torch.zeros(2, 6), "total_steps": 100, "strength": 0.1}
+    with pytest.raises(ValueError, match="seed must be"):
+        LayerPruner(model, seed=seed, **options)

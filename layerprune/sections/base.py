@@ -22,6 +22,9 @@ class Adapter(Protocol):
     def detach(self, module: nn.Module) -> None:
         """Leaves the module as it was before `attach`."""
 
+    def is_gated(self, module: nn.Module) -> bool:
+        """Whether a pruner's gate is attached."""
+
     def remainder(self, module: nn.Module, nonnegative_input: bool) -> nn.Module:
         """What stands in the section's place once its branch is gone."""
 
@@ -78,6 +81,10 @@ class ResidualAdapter:
     def detach(self, module: GatedResidual) -> None:
         """See `Adapter`."""
         setattr(module, GATE_ATTRIBUTE, Gate())
+
+    def is_gated(self, module: GatedResidual) -> bool:
+        """See `Adapter`."""
+        return getattr(module, GATE_ATTRIBUTE).owned
 
     def remainder(self, module: GatedResidual, nonnegative_input: bool) -> nn.Module:
         """See `Adapter`."""

@@ -62,7 +62,7 @@ def find_sections(model: nn.Module, example_inputs: Inputs, ignored: Ignored = (
     Raises:
         ValueError: if the model does not run with ``example_inputs``.
     """
-    ignored = tuple(ignored)
+    ignored = (ignored,) if isinstance(ignored, str) else tuple(ignored)
     sections: list[Section] = []
     taken: list[str] = []
     seen: set[nn.Module] = set()
@@ -117,7 +117,10 @@ def _stack_elements(model: nn.Module) -> list[tuple[str, nn.Module]]:
     elements = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Sequential, nn.ModuleList)):
+            owner = model.get_submodule(name.rpartition(".")[0])
             for key, child in module.named_children():
+                if key == "0" and isinstance(owner, (nn.TransformerEncoder, nn.TransformerDecoder)):
+                    continue  # torch's own forward looks into the first layer
                 composite = next(child.children(), None) is not None
                 if composite and any(p.dim() >= 2 for p in child.parameters()):
                     elements.append((f"{name}.{key}" if name else key, child))

@@ -92,13 +92,18 @@ class OpaqueAdapter:
 
     def attach(self, module: nn.Module, gate: Gate) -> None:
         """See `Adapter`."""
-        module.__class__ = opaque_twin(type(module))
+        if not isinstance(module, OpaqueTwin):
+            module.__class__ = opaque_twin(type(module))
         setattr(module, GATE_ATTRIBUTE, (self, gate))
 
     def detach(self, module: nn.Module) -> None:
         """See `Adapter`."""
         delattr(module, GATE_ATTRIBUTE)
         module.__class__ = type(module).__mro__[2]
+
+    def is_gated(self, module: nn.Module) -> bool:
+        """See `Adapter`."""
+        return isinstance(module, OpaqueTwin) and getattr(module, GATE_ATTRIBUTE)[1].owned
 
     def remainder(self, module: nn.Module, nonnegative_input: bool) -> nn.Module:
         """See `Adapter`."""

@@ -68,7 +68,8 @@ class GatedResidual(nn.Module):
     Args:
         branch: computes what may turn out not to be needed; ``[B, *S] -> [B, *S']``.
         shortcut: what stays when the branch goes; ``None`` for the identity (then ``S' = S``).
-        activation: applied to the sum: ``None``, ``"relu"`` (fused) or a module.
+        activation: applied to the sum: ``None``, ``"relu"`` (fused) or a module. A module that
+            works in place stops doing so: where the branch is left out, its input is the section's.
 
     Raises:
         TypeError: if branch, shortcut or activation is none of these.
@@ -87,6 +88,10 @@ class GatedResidual(nn.Module):
             raise TypeError(f"shortcut must be a module or None, got {type(shortcut).__name__}")
         if not (activation is None or activation == "relu" or isinstance(activation, nn.Module)):
             raise TypeError(f'activation must be None, "relu" or a module, got {activation!r}')
+        if isinstance(activation, nn.Module):
+            for module in activation.modules():
+                if getattr(module, "inplace", False):
+                    module.inplace = False
         self.branch = branch
         self.shortcut = shortcut
         self.activation = activation

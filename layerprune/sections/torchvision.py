@@ -60,6 +60,10 @@ class BlockAdapter:
         delattr(module, GATE_ATTRIBUTE)
         module.__class__ = self.original
 
+    def is_gated(self, module: nn.Module) -> bool:
+        """See `Adapter`."""
+        return type(module) is self.twin and getattr(module, GATE_ATTRIBUTE).owned
+
     def remainder(self, module: nn.Module, nonnegative_input: bool) -> nn.Module:
         """See `Adapter`."""
         # Not the block's own ReLU: that one works in place, on what is now the previous block's

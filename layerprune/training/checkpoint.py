@@ -37,6 +37,9 @@ __all__ = ["CheckpointError", "load_model"]
 SCHEMA = 1
 """Version of the files' content."""
 
+_GREATEST = 65536
+"""Bound of a builder's numbers: a damaged file is not to ask for all memory there is."""
+
 # What torch.load raises on a file that is cut short, of another format, or holds code.
 _UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
 
@@ -113,7 +116,7 @@ def read_structure(folder: Path) -> dict[str, Any]:
     path = _existing(folder / STRUCTURE)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
@@ -127,7 +130,12 @@ def read_structure(folder: Path) -> dict[str, Any]:
             and all(isinstance(value, str | int) for value in builder["kwargs"].values())
             and isinstance(found["dataset"], str)
             and all(isinstance(name, str) for name in found["eliminated"])
-            and all({"name", "theta", "status"} <= set(part) for part in found["sections"])
+            and all(
+                isinstance(part["name"], str)
+                and isinstance(part["status"], str)
+                and 0.0 <= part["theta"] <= 1.0
+                for part in found["sections"]
+            )
         )
     except (AttributeError, KeyError, TypeError):
         well_formed = False
@@ -159,8 +167,8 @@ def read_training(folder: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        first = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is damaged or cut short: {first}") from error
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged or cut short: {what}") from error
 
 
 def _existing(path: Path) -> Path:
@@ -191,10 +199,15 @@ def build_dense(folder: Path, structure: Mapping[str, Any]) -> nn.Module:
         CheckpointError: no such network.
     """
     builder = structure["builder"]
+    if any(
+        abs(value) > _GREATEST for value in builder["kwargs"].values() if isinstance(value, int)
+    ):
+        raise CheckpointError(f"{folder / STRUCTURE} asks for a network beyond all bounds")
     try:
         return models.build(builder["name"], **builder["kwargs"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / STRUCTURE}: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = " ".join(str(error).split())
+        raise CheckpointError(f"{folder / STRUCTURE}: {what}") from error
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

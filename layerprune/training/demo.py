@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from layerprune.training import data
+from layerprune.training.assembly import build_network, pick_device
 from layerprune.training.engine import train
 from layerprune.training.recipe import Recipe, RecipeError
 from layerprune.training.records import write_atomic
@@ -61,6 +63,11 @@ def run(
             raise RunFolderError(
                 f"{part} holds something that is no run: move it, or choose another --output"
             )
+    # What can be refused is refused before an older demonstration goes.
+    splits = data.load(
+        recipe.dataset, data_dir, train_subset=recipe.train_subset, augment=recipe.augment
+    )
+    build_network(recipe, splits, pick_device(device))
     for part in folders:
         shutil.rmtree(part, ignore_errors=True)
     (folder / "summary.json").unlink(missing_ok=True)

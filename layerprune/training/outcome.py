@@ -18,7 +18,7 @@ from layerprune.training.data import DataSplits
 from layerprune.training.evaluation import compaction_difference
 from layerprune.training.records import fates, read_run
 from layerprune.training.report import write_report
-from layerprune.training.runfolder import FINAL
+from layerprune.training.runfolder import FINAL, RunFolderError
 from layerprune.training.runlog import RunLog
 from layerprune.training.session import Session
 
@@ -62,6 +62,8 @@ def finish(session: Session, splits: DataSplits, log: RunLog) -> dict[str, Any]:
 def _summary(session: Session, structure: dict[str, Any]) -> dict[str, Any]:
     recipe, network = session.recipe, session.network
     record = read_run(session.folder)
+    if not record.epochs:
+        raise RunFolderError(f"{session.folder / 'summary.csv'} has lost its rows: train anew")
     last = record.epochs[-1]
     example = example_inputs(network.builder["kwargs"])
     with torch.random.fork_rng(devices=[]):

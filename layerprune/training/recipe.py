@@ -166,7 +166,10 @@ def load(name: str) -> Recipe:
         path = Path(name).expanduser()
         if not path.is_file():
             raise RecipeError(f"no such recipe file: {path}")
-        text, what = path.read_text(encoding="utf-8"), str(path)
+        try:
+            text, what = path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe file {path} cannot be read: {error}") from error
     elif name in names():
         text, what = _folder().joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name
     else:

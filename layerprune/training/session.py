@@ -129,7 +129,7 @@ class Session:
                 torch.cuda.set_rng_state(training["rng"]["cuda"], self.device)
         except CheckpointError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / checkpoint.TRAINING} is damaged or of another run: {error}"
             ) from error

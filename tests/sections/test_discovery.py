@@ -272,3 +272,20 @@ def test_a_subclass_of_a_known_block_keeps_its_own_forward():
     assert model(x).equal(expected)
     pruner.strip()
     assert type(model[1]) is Scaled and model(x).equal(expected)
+
+
+def test_torchs_encoder_keeps_its_first_layer():
+    """Its forward looks into layer 0; the others can go, with padding masks and nested tensors."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 4)
+    found = find_sections(
+        model, {"src": torch.zeros(2, 5, 16), "src_key_padding_mask": torch.zeros(2, 5).bool()}
+    )
+    assert [section.name for section in found] == ["layers.1", "layers.2", "layers.3"]
+
+
+def test_one_pattern_is_no_list_of_letters():
+    model = nn.Sequential(
+        nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh())] * 1), nn.Tanh()
+    )
+    assert find_sections(model, torch.zeros(2, 4))
+    assert not find_sections(model, torch.zeros(2, 4), ignored=".*")

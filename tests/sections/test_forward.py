@@ -219,3 +219,11 @@ def test_gated_models_pickle_and_copy(build):
 def test_errors(arguments, message):
     with pytest.raises(TypeError, match=message):
         GatedResidual(**arguments)
+
+
+def test_an_activation_in_place_leaves_the_input_alone():
+    block = GatedResidual(nn.Linear(4, 4), activation=nn.ReLU(inplace=True)).eval()
+    block._layerprune_gate.is_open = False
+    x = torch.randn(3, 4)
+    before = x.clone()
+    assert block(x).equal(before.relu()) and x.equal(before)
