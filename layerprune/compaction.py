@@ -41,15 +41,13 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, _REFUSED_OPTIMIZERS):
         raise TypeError(
             f"{type(optimizer).__name__} keeps state that cannot be split by parameter; "
-            "use SGD, Adam, "
-            "AdamW or another optimizer of torch.optim"
+            "use SGD, Adam, AdamW or another optimizer of torch.optim"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, model.parameters())):
         raise ValueError(
             "the optimizer holds none of the model's parameters: make it from the "
-            "parameters of the very "
-            "model that the pruner was given"
+            "parameters of the very model that the pruner was given"
         )
 
 

@@ -91,9 +91,8 @@ class Gate:
         if draw.gate.shape[0] != batch_size:
             raise RuntimeError(
                 f"section {self.name!r} got {batch_size} rows but the gates were drawn for "
-                f"{draw.gate.shape[0]}: its input's first dimension is not the model's "
-                "batch dimension, "
-                "or it was called outside the model's forward. Pass it in `ignored`."
+                f"{draw.gate.shape[0]}: its input's first dimension is not the model's batch "
+                "dimension, or it was called outside the model's forward. Pass it in `ignored`."
             )
         return draw
 

@@ -104,9 +104,8 @@ def _fake(*_: object) -> None:
 
 _op = register(
     "projected_gate_step_(Tensor(a!) theta, Tensor(b!) statistics, Tensor(c!) in_play, "
-    "Tensor slope, Tensor counted, Tensor penalty, Tensor free, float horizon, float "
-    "noise_factor, float decay, "
-    "float confidence, int max_descending) -> ()",
+    "Tensor slope, Tensor counted, Tensor penalty, Tensor free, float horizon, "
+    "float noise_factor, float decay, float confidence, int max_descending) -> ()",
     _reference,
     _fake,
 )
