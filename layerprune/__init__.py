@@ -3,6 +3,7 @@
 from layerprune._version import __version__
 from layerprune.compaction import eliminate_sections, verify
 from layerprune.config import PruneConfig
+from layerprune.ops import backends
 from layerprune.pruner import LayerPruner, StepReport
 from layerprune.sections import GatedResidual, find_sections
 
@@ -12,6 +13,7 @@ __all__ = [
     "PruneConfig",
     "StepReport",
     "__version__",
+    "backends",
     "eliminate_sections",
     "find_sections",
     "load",

@@ -9,7 +9,7 @@ import torch
 import typer
 import yaml
 
-from layerprune import models
+from layerprune import backends, models
 from layerprune.training import data, demo, recipe
 from layerprune.training.assembly import pick_device
 from layerprune.training.checkpoint import load_model
@@ -167,9 +167,11 @@ def report_command(
 
 @app.command("info")
 def info_command() -> None:
-    """Print versions, devices, recipes, models and data sets."""
+    """Print versions, backends, devices, recipes, models and data sets."""
     for name, version in versions().items():
         print(f"{name:<11} {version}")
+    for device, backend in backends().items():
+        print(f"{device + ' ops':<11} {backend}")
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     print(f"{'devices':<11} {', '.join([*gpus, f'cpu ({torch.get_num_threads()} threads)'])}")
     print(f"{'recipes':<11} {', '.join(recipe.names())}")

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from layerprune.ops.backends import native
 
 MASK = 0xFFFFFFFF
 RESERVED_ROW = 0xFFFFFFFF
@@ -96,3 +99,42 @@ def grid_words(rng_state: Tensor, sections: Tensor, rows: Tensor) -> Tensor:
 def uniform(word: Tensor) -> Tensor:
     """Float32 uniforms in [0, 1) of 32-bit words: the upper 24 bits, exactly, times 2**-24."""
     return (word >> 8).to(torch.float32).mul_(2.0**-24)
+
+
+def philox_stream(
+    seed: int, draw: int, section: int, first_row: int, count: int
+) -> np.ndarray:
+    """The random words behind the gates of some rows of a section, without torch.
+
+    A uniform is a word's upper 24 bits times 2**-24; `layerprune.ops.sample_gates` says which word
+    decides what. The words that belong to the section as a whole are those of row 0xFFFFFFFF.
+
+    Args:
+        seed: Seed of the draws, in [-2**63, 2**63).
+        draw: Draw number, in [0, 2**63).
+        section: Section number, in [0, 2**32).
+        first_row: First global row.
+        count: Number of rows; ``first_row + count`` is at most 2**32.
+
+    Returns:
+        uint32 ``[count, 4]``: words 0, 1, 2 and 3 of every row.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+    bounds = {
+        "seed": (seed, -(1 << 63), (1 << 63) - 1),
+        "draw": (draw, 0, (1 << 63) - 1),
+        "section": (section, 0, MASK),
+        "first_row": (first_row, 0, MASK),
+        "count": (count, 0, (1 << 32) - first_row),
+    }
+    for name, (value, low, high) in bounds.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+    if native is not None:
+        return native.philox_stream(seed % (1 << 64), draw, section, first_row, count)
+    rows = torch.arange(first_row, first_row + count)
+    state = torch.tensor([seed, draw, 0])
+    words = grid_words(state, torch.tensor([section]), rows)
+    return words[:, 0].T.numpy().astype(np.uint32)

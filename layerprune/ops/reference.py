@@ -1,7 +1,7 @@
-"""Operation 2 in eager PyTorch: the specification of the gated residual sum and its backward.
+"""Operation 2 in eager PyTorch: the specification of the gated residual sum and what belongs to it.
 
-Both functions touch only the rows whose branch runs. They work on rows flattened in memory order,
-so that channels_last costs no more than contiguous.
+The functions touch only the rows whose branch runs. They work on rows flattened in memory order, so
+that channels_last costs no more than contiguous.
 """
 
 from __future__ import annotations
@@ -33,11 +33,16 @@ def flat_rows(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
 
 
-def empty_rows(count: int, like: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """``[count, *S]``, uninitialised, for ``like`` of ``[B, *S]``."""
+def empty_rows(
+    count: int,
+    like: Tensor,
+    memory_format: torch.memory_format,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``[count, *S]``, uninitialised, for ``like`` of ``[B, *S]``, whose dtype is the default."""
     return torch.empty(
         (count, *like.shape[1:]),
-        dtype=like.dtype,
+        dtype=dtype or like.dtype,
         device=like.device,
         memory_format=memory_format,
     )
@@ -128,7 +133,7 @@ def gated_residual_backward(
     y: Tensor | None,
     gate: Tensor,
     slot: Tensor | None,
-    kept: Tensor | None,
+    factor: Tensor | None,
     gate_grad_rows: Tensor | None,
     branch_rows: int,
     lerp: bool,
@@ -140,9 +145,8 @@ def gated_residual_backward(
         y: The forward's result where its activation was ReLU, else None.
         gate: float32 ``[B]``.
         slot: int32 ``[B]`` or None.
-        kept: What a gate multiplies: the branch, or with ``lerp`` the branch minus ``x``. For
-            ``gate_grad_rows`` only, ``[P, *S]``, or as the branch lies, ``[K, *S]``, where that
-            is None. None if the gate needs no gradient.
+        factor: What `gate_factor` gave; with neither ``lerp`` nor ``gate_grad_rows`` the branch
+            itself. None if the gate needs no gradient.
         gate_grad_rows: int64 ``[P]`` or None for all rows.
         branch_rows: K.
         lerp: As in the forward.
@@ -159,7 +163,7 @@ def gated_residual_backward(
         torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=d_x)
     d_branch = empty_rows(branch_rows, d_x, layout)
     d_sum, outputs = flat_rows(d_x, layout), flat_rows(d_branch, layout)
-    d_gate = _gate_gradient(d_sum, gate, slot, kept, gate_grad_rows, layout)
+    d_gate = _gate_gradient(d_sum, gate, slot, factor, gate_grad_rows, layout)
 
     wide = accumulation_dtype(grad.dtype)
     rows, positions, weights = _running(gate, slot, branch_rows, wide)
@@ -177,27 +181,60 @@ def gated_residual_backward(
     return d_x, d_branch, d_gate
 
 
+def gate_factor(
+    x: Tensor, branch: Tensor, slot: Tensor | None, gate_grad_rows: Tensor | None, lerp: bool
+) -> Tensor:
+    """What a gate multiplies: the branch, or with ``lerp`` the branch minus ``x``, widened.
+
+    For ``gate_grad_rows`` only, ``[P, *S]``, or as the branch lies, ``[K, *S]``, where that is
+    None. Rows without a slot, and rows of the branch that nobody reads, are 0.
+    """
+    if gate_grad_rows is not None:
+        owner = gate_grad_rows
+        positions = owner if slot is None else slot.index_select(0, owner).long()
+        absent = positions < 0
+    else:
+        positions = torch.arange(branch.shape[0], device=x.device)
+        owner, absent = positions, torch.zeros_like(positions, dtype=torch.bool)
+        if slot is not None:
+            # The row of x behind every row of the branch; entry 0 takes those without a slot.
+            owners = torch.full((branch.shape[0] + 1,), -1, dtype=torch.int64, device=x.device)
+            owners.scatter_(0, slot.long() + 1, torch.arange(x.shape[0], device=x.device))
+            owner = owners[1:]
+            absent = owner < 0
+    result = branch.new_zeros(
+        (owner.shape[0], *branch.shape[1:]),
+        dtype=accumulation_dtype(x.dtype) if lerp else branch.dtype,
+    )
+    result = result.contiguous(memory_format=row_format(x if lerp else branch))
+    chosen = (~absent).nonzero().squeeze(1)
+    values = branch.index_select(0, positions.index_select(0, chosen))
+    if lerp:
+        values = widen(values) - widen(x.index_select(0, owner.index_select(0, chosen)))
+    return result.index_copy_(0, chosen, values)
+
+
 def _gate_gradient(
     d_sum: Tensor,
     gate: Tensor,
     slot: Tensor | None,
-    kept: Tensor | None,
+    factor: Tensor | None,
     gate_grad_rows: Tensor | None,
     layout: torch.memory_format,
 ) -> Tensor:
-    """float32 ``[B]``: per row the product of ``d_sum`` and ``kept``, 0 where it is not asked."""
+    """float32 ``[B]``: per row the product of ``d_sum`` and ``factor``, 0 where it is not asked."""
     d_gate = torch.zeros_like(gate)
-    if kept is None:
+    if factor is None:
         return d_gate
-    kept = widen(flat_rows(kept, layout))
+    factor = widen(flat_rows(factor, layout))
     if gate_grad_rows is None:
         if slot is None:
-            return (widen(d_sum) * kept).sum(1).float()
+            return (widen(d_sum) * factor).sum(1).float()
         rows = (slot >= 0).nonzero().squeeze(1)
         positions = slot.index_select(0, rows)
-        products = widen(d_sum.index_select(0, rows)) * kept.index_select(0, positions)
+        products = widen(d_sum.index_select(0, rows)) * factor.index_select(0, positions)
         return d_gate.index_copy_(0, rows, products.sum(1).float())
-    sums = (widen(d_sum.index_select(0, gate_grad_rows)) * kept).sum(1).float()
+    sums = (widen(d_sum.index_select(0, gate_grad_rows)) * factor).sum(1).float()
     if slot is not None:
         sums = torch.where(slot.index_select(0, gate_grad_rows) >= 0, sums, 0.0)
     return d_gate.index_copy_(0, gate_grad_rows, sums)

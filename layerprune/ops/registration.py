@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerprune.ops import reference
 from layerprune.ops.draw import independent_gates
-from layerprune.ops.reference import empty_rows, row_format, widen
+from layerprune.ops.reference import accumulation_dtype, empty_rows, row_format
 from layerprune.ops.schema import register
 
 
@@ -37,40 +37,38 @@ def _forward(
     return reference.gated_residual(x, branch, gate, slot, relu, lerp)
 
 
-def _kept(
-    x: Tensor, branch: Tensor, slot: Tensor | None, rows: Tensor | None, lerp: bool
+def _gate_factor_fake(
+    x: Tensor, branch: Tensor, slot: Tensor | None, gate_grad_rows: Tensor | None, lerp: bool
 ) -> Tensor:
-    """What backward needs of the branch for the gate's gradient, see the reference's ``kept``."""
-    if rows is None:
-        if not lerp:
-            return branch
-        if slot is not None:
-            # The row of x behind every row of the branch; entry 0 takes those without a slot.
-            owner = torch.zeros(branch.shape[0] + 1, dtype=torch.int64, device=x.device)
-            owner.scatter_(0, slot.long() + 1, torch.arange(x.shape[0], device=x.device))
-            x = x.index_select(0, owner[1:])
-        return widen(branch) - widen(x)
-    if branch.shape[0] == 0:
-        return branch.new_zeros((rows.shape[0], *branch.shape[1:]))
-    # A row without a slot reads row 0 here; backward gives its gate a gradient of 0.
-    positions = rows if slot is None else slot.index_select(0, rows).clamp_(min=0)
-    kept = branch.index_select(0, positions)
-    return widen(kept) - widen(x.index_select(0, rows)) if lerp else kept
+    count = branch.shape[0] if gate_grad_rows is None else gate_grad_rows.shape[0]
+    dtype = accumulation_dtype(x.dtype) if lerp else x.dtype
+    return empty_rows(count, x, row_format(x if lerp else branch), dtype)
+
+
+_gate_factor = register(
+    "gate_factor(Tensor x, Tensor branch, Tensor? slot, Tensor? gate_grad_rows, bool lerp)"
+    " -> Tensor",
+    reference.gate_factor,
+    _gate_factor_fake,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, branch, gate, slot, rows, relu, lerp = inputs
-    kept = _kept(x, branch, slot, rows, lerp) if ctx.needs_input_grad[2] else None
-    ctx.save_for_backward(output if relu else None, gate, slot, kept, rows)
+    factor = None
+    if ctx.needs_input_grad[2]:
+        whole = rows is None and not lerp
+        factor = branch if whole else _gate_factor(x, branch, slot, rows, lerp)
+    ctx.save_for_backward(output if relu else None, gate, slot, factor, rows)
     ctx.branch_rows, ctx.lerp = branch.shape[0], lerp
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    y, gate, slot, kept, rows = ctx.saved_tensors
+    y, gate, slot, factor, rows = ctx.saved_tensors
     d_x, d_branch, d_gate = gated_residual_backward(
-        grad, y, gate, slot, kept, rows, ctx.branch_rows, ctx.lerp
+        grad, y, gate, slot, factor, rows, ctx.branch_rows, ctx.lerp
     )
-    return d_x, d_branch, d_gate if kept is not None else None, None, None, None, None
+    return d_x, d_branch, d_gate if factor is not None else None, None, None, None, None
 
 
 def _backward_fake(
@@ -78,7 +76,7 @@ def _backward_fake(
     y: Tensor | None,
     gate: Tensor,
     slot: Tensor | None,
-    kept: Tensor | None,
+    factor: Tensor | None,
     gate_grad_rows: Tensor | None,
     branch_rows: int,
     lerp: bool,
@@ -105,7 +103,7 @@ gated_residual = register(
 )
 
 gated_residual_backward = register(
-    "gated_residual_backward(Tensor grad, Tensor? y, Tensor gate, Tensor? slot, Tensor? kept,"
+    "gated_residual_backward(Tensor grad, Tensor? y, Tensor gate, Tensor? slot, Tensor? factor,"
     " Tensor? gate_grad_rows, SymInt branch_rows, bool lerp) -> (Tensor, Tensor, Tensor)",
     reference.gated_residual_backward,
     _backward_fake,

@@ -1,8 +1,7 @@
 """The operator library ``layerprune`` and the one way to put an operator into it.
 
 Every operator has an eager reference, registered under ``CompositeExplicitAutograd``: it serves
-every device, and a compiled kernel registered later under ``CPU`` or ``CUDA`` takes precedence
-without a change here.
+every device, and a compiled kernel registered under ``CPU`` or ``CUDA`` takes precedence.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+// Tensors as rows in memory order: which format results take, and how arguments are brought to it.
+#pragma once
+
+#include "../parameters.h"
+#include "checks.h"
+
+namespace layerprune {
+
+// As layerprune.ops.reference.row_format: that of a contiguous or channels_last tensor, else
+// contiguous.
+torch::headeronly::MemoryFormat row_format(const Tensor& tensor);
+
+// The tensor where every row of it is dense in this format, else a copy. Its first dimension may
+// have any stride.
+Tensor with_dense_rows(const Tensor& tensor, torch::headeronly::MemoryFormat format);
+
+// Uninitialised, [count, *S] for `like` of [B, *S].
+Tensor empty_rows(int64_t count, const Tensor& like, ScalarType type,
+                  torch::headeronly::MemoryFormat format);
+
+int64_t row_size(const Tensor& tensor);
+
+RowsIn rows_in(const Tensor& tensor);
+RowsOut rows_out(const Tensor& tensor);
+
+ElementType element_type(const Tensor& tensor);
+
+// float64 for float64, else float32.
+ScalarType accumulation_type(const Tensor& tensor);
+
+// Whether stores go past the caches: where an operation moves more than they hold and every row
+// starts on a boundary that such stores need.
+bool streams(int64_t bytes_moved, std::initializer_list<const Tensor*> outputs);
+
+// Runs `kernel` over all segments of `rows` rows in parallel.
+template <typename Params>
+void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& params) {
+  constexpr int64_t grain = 32768;  // elements worth a thread
+  if (params.rows == 0 || params.size == 0) return;
+  const int64_t per_unit = params.size < kSegment ? params.size : kSegment;
+  torch::stable::parallel_for(
+      0, params.rows * segments(params.size), (grain + per_unit - 1) / per_unit,
+      [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+}
+
+}  // namespace layerprune

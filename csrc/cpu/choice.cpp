@@ -1,0 +1,15 @@
+#include "choice.h"
+
+#include "../parameters.h"
+
+namespace layerprune {
+
+const CpuKernels& cpu_kernels() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool modern = processor_has_avx2();
+  if (modern) return kAvx2Kernels;
+#endif
+  return kBaselineKernels;
+}
+
+}  // namespace layerprune

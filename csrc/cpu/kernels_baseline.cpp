@@ -1,0 +1,16 @@
+// The kernels for any processor.
+#include <cstring>
+#include <type_traits>
+
+#include "../parameters.h"
+
+namespace layerprune {
+namespace baseline {
+#include "lanes.h"
+
+#include "kernels.h"
+}  // namespace baseline
+
+const CpuKernels kBaselineKernels = baseline::kernels();
+
+}  // namespace layerprune

@@ -1,0 +1,162 @@
+"""Which backend serves which device, and why not a faster one.
+
+The operators of the library ``layerprune`` have an eager reference for every device. The compiled
+part, once loaded, takes precedence for tensors on the CPU: the dispatcher chooses for each call.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.metadata
+import json
+import os
+import re
+import sysconfig
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from layerprune._version import __version__
+
+VARIABLE = "LAYERPRUNE_BACKEND"
+"""Environment variable: ``auto`` (default), ``eager``, or ``compiled``, which refuses to do without."""
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs the operations on one device.
+
+    Attributes:
+        name: "compiled" or "eager".
+        detail: What was compiled and how, or why eager PyTorch serves.
+        remedy: The command that brings the compiled part, where it could be had.
+    """
+
+    name: str
+    detail: str
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        mend = "" if self.remedy is None else f". To mend it: {self.remedy}"
+        return f"{self.name}: {self.detail}{mend}"
+
+
+class _Missing(Exception):
+    """Nothing was compiled."""
+
+
+class _Misfit(Exception):
+    """What was compiled is for something else."""
+
+
+def _module_for_another_python() -> str | None:
+    """The Python that a compiled module beside this package is for, if not this one."""
+    here = importlib.machinery.EXTENSION_SUFFIXES
+    for path in sorted(_PACKAGE.glob("_C.*")):
+        suffix = path.name.removeprefix("_C")
+        if path.suffix in (".so", ".pyd") and suffix not in here:
+            return suffix.split(".")[1]
+    return None
+
+
+def _obstacle() -> str:
+    """Why the build compiled nothing."""
+    try:
+        reason = json.loads((_PACKAGE / "build.json").read_text())["obstacle"]
+    except (OSError, ValueError, KeyError):
+        reason = None
+    return reason or "it was not built here"
+
+
+def _load() -> ModuleType:
+    """Loads the compiled CPU kernels and returns the module that came with them."""
+    try:
+        from layerprune import _C
+    except ImportError as error:
+        other = _module_for_another_python()
+        if other is not None:
+            here = sysconfig.get_config_var("SOABI")
+            raise _Misfit(f"it was built for Python {other}, this is {here}") from None
+        if any(_PACKAGE.glob("_C.*")):
+            raise _Misfit(f"it does not load into Python {sysconfig.get_python_version()}: {error}")
+        raise _Missing(_obstacle()) from None
+    info = _C.build_info()
+    if info["layerprune"] != __version__:
+        raise _Misfit(f"it was built for layerprune {info['layerprune']}, this is {__version__}")
+    built = f"it was built with torch {info['torch']} for torch {info['torch_oldest']} and newer"
+    if _release(torch.__version__) < _release(info["torch_oldest"]):
+        raise _Misfit(f"{built}, this is torch {torch.__version__}")
+    libraries = sorted(_PACKAGE.glob("_cpu.*"))
+    if not libraries:
+        raise _Missing(_obstacle())
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError:
+        raise _Misfit(f"{built}, and does not load into torch {torch.__version__}") from None
+    return _C
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+def _remedy() -> str:
+    """The command that installs this package again, compiled."""
+    source, editable = None, False
+    try:
+        record = importlib.metadata.distribution("layerprune").read_text("direct_url.json")
+        origin = json.loads(record or "{}")
+        editable = origin.get("dir_info", {}).get("editable", False)
+        if "dir_info" in origin:
+            source = Path(origin["url"].removeprefix("file://"))
+    except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+        if (_PACKAGE.parent / "setup.py").exists():
+            source, editable = _PACKAGE.parent, True
+    if source is None or not source.exists():
+        what = "--no-binary layerprune layerprune"
+    else:
+        what = f"-e {source}" if editable else str(source)
+    # Told to, the build does not pass over what it lacks, but says it.
+    return f"LAYERPRUNE_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall {what}"
+
+
+def _choose_cpu() -> tuple[Backend, ModuleType | None]:
+    """Which backend serves the CPU, and the compiled module if it is in use."""
+    wish = os.environ.get(VARIABLE, "auto")
+    if wish not in ("auto", "eager", "compiled"):
+        raise ImportError(f"{VARIABLE} must be auto, eager or compiled, got {wish!r}")
+    if wish == "eager":
+        return Backend("eager", f"{VARIABLE}=eager"), None
+    try:
+        module = _load()
+    except (_Missing, _Misfit) as error:
+        backend = Backend("eager", f"the compiled part is not in use, {error}", _remedy())
+        if wish == "compiled":
+            raise ImportError(f"{VARIABLE}=compiled: layerprune runs {backend}") from None
+        if isinstance(error, _Misfit):
+            warnings.warn(f"layerprune runs {backend}", RuntimeWarning, stacklevel=2)
+        return backend, None
+    info = module.build_info()
+    detail = (
+        f"{info['instruction_set']} kernels, built with torch {info['torch']}"
+        f" for torch {info['torch_oldest']} and newer ({info['compiler']})"
+    )
+    return Backend("compiled", detail), module
+
+
+_CPU, native = _choose_cpu()
+
+
+def backends() -> dict[str, Backend]:
+    """What runs the operations, for each type of device.
+
+    Returns:
+        ``{"cpu": Backend, "cuda": Backend}``; a printed `Backend` says what it is, and where a faster
+        one could be had, why it is not in use and the command that brings it.
+    """
+    return {"cpu": _CPU, "cuda": Backend("eager", "this version has no CUDA kernels")}
