@@ -10,7 +10,7 @@ READY := active-python
 # Straight from the tree, whether or not layerprune is installed.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
-RUN := $(VENV)/bin/python
+RUN := $(abspath $(VENV))/bin/python
 READY := $(VENV)/.installed
 endif
 
@@ -25,21 +25,52 @@ define check_python
     exit 1; }
 endef
 
-.PHONY: help demo test lint clean active-python
+SANITIZED := build/sanitized
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+# torch.compile does not build its C++ under these settings.
+NO_INDUCTOR := "not inductor"
+OLDEST_TORCH := 2.10.0
+OLDEST_VENV := .venv-oldest
+
+.PHONY: help demo test sanitize test-oldest lint clean active-python
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "With 'PYTHON=python3 VENV=' they run in the active Python and install nothing."
 
 demo: $(READY)  ## train and prune on images of digits, a few minutes; writes runs/demo
 	$(RUN) -m layerprune demo --output runs/demo
 
-test: $(READY)  ## run the tests
+test: $(READY)  ## run the tests; those of the operations on each of their implementations
 	$(RUN) -m pytest
+	ATEN_CPU_CAPABILITY=default $(RUN) -m pytest tests/ops -k $(NO_INDUCTOR)
+	LAYERPRUNE_BACKEND=eager $(RUN) -m pytest tests/ops
+
+# From within tests/, the tree's own layerprune does not come before the one that is meant.
+sanitize: $(READY)  ## run the operations' tests on kernels built with AddressSanitizer and UBSan
+	rm -rf $(SANITIZED)
+	CFLAGS="-g $(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" LAYERPRUNE_BUILD=cpu $(RUN) -m pip \
+	    install --quiet --no-build-isolation --no-deps --target $(SANITIZED) .
+	cd tests && for capability in avx2 default; do \
+	    ATEN_CPU_CAPABILITY=$$capability LAYERPRUNE_BACKEND=compiled ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    PYTHONPATH="$(CURDIR)/$(SANITIZED)" $(RUN) -m pytest ops -k $(NO_INDUCTOR) || exit 1; done
+
+test-oldest: $(READY)  ## build with this torch, run the core's tests under the oldest one
+	rm -rf build/oldest
+	LAYERPRUNE_BUILD=cpu $(RUN) -m pip wheel --quiet --no-build-isolation --no-deps -w build/oldest .
+	test -e $(OLDEST_VENV)/bin/python || "$(PYTHON)" -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH) torchvision \
+	    numpy scikit-learn pytest hypothesis
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall build/oldest/*.whl
+	cd tests && PYTHONPATH= LAYERPRUNE_BACKEND=compiled ../$(OLDEST_VENV)/bin/python -m pytest . \
+	    --ignore=training --ignore=test_cli.py --ignore=test_packaging.py
 
 lint: $(READY)  ## check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror \
+	    csrc/*.h csrc/*/*.h csrc/*/*.cpp
 
 clean:  ## remove build products and caches; .venv and runs stay
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
@@ -47,13 +78,13 @@ clean:  ## remove build products and caches; .venv and runs stay
 
 # torch comes before layerprune, whose build uses the torch that is there and not one of its own.
 # Some systems split ensurepip off from venv: there the system's own pip fills the environment.
-$(VENV)/.installed: pyproject.toml setup.py layerprune/_version.py
+$(VENV)/.installed: pyproject.toml setup.py layerprune/_version.py $(wildcard csrc/*.h csrc/*/*)
 	$(check_python)
 	@"$(VENV)/bin/python" -m pip --version >/dev/null 2>&1 \
 	    || "$(PYTHON)" -m venv --clear "$(VENV)" >/dev/null 2>&1 \
 	    || { "$(PYTHON)" -m venv --clear --without-pip "$(VENV)" && "$(VENV)/bin/python" \
 	         "$$("$(PYTHON)" -c 'import pip; print(pip.__path__[0])')" install --ignore-installed pip; }
-	"$(VENV)/bin/python" -m pip install --upgrade pip "setuptools>=77" wheel
+	"$(VENV)/bin/python" -m pip install --upgrade pip "setuptools>=77" wheel ninja pybind11
 	"$(VENV)/bin/python" -m pip install torch torchvision
 	"$(VENV)/bin/python" -m pip install --no-build-isolation -e ".[train,dev]"
 	@touch $@

@@ -10,21 +10,19 @@ The same network takes the same steps without a pruner, and with one whose theta
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from machine import facts, write_result
 from torch.nn import functional as F
 
 import layerprune
 from layerprune.models import build
 from layerprune.training import recipe
 from layerprune.training.data import load
-from layerprune.training.outcome import versions
-from layerprune.training.records import write_atomic
 from layerprune.training.sampling import train_loader
 
 
@@ -54,8 +52,7 @@ def main() -> None:
     own = (ledger.draw_seconds + ledger.step_seconds) / options.steps
     result = {
         "recipe": chosen.as_dict(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
+        **facts("cpu"),
         "plain_step_seconds": statistics.median(seconds["plain"]),
         "gated_step_seconds": gated,
         "draw_and_step_seconds": own,
@@ -66,8 +63,7 @@ def main() -> None:
         f"{1e3 * gated:.2f} ms; draw and step {1e3 * own:.2f} ms, {own / gated:.1%} of it"
     )
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.output, json.dumps(result, indent=2) + "\n")
+        write_result(options.output, result)
 
 
 class Run:

@@ -12,19 +12,14 @@ training steps, fetching images included, evaluation and checkpoints apart.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+from machine import facts, write_result
 
 from layerprune.training import recipe, train
-from layerprune.training.outcome import versions
-from layerprune.training.records import write_atomic
 
 FIGURES = (
     "accuracy",
@@ -58,17 +53,13 @@ def main() -> None:
     rows = [run_seed(replace(chosen, seed=seed), options) for seed in options.seeds]
     result = {
         "recipe": chosen.as_dict(),
-        "versions": versions(),
-        "commit": commit(),
-        "device": device_name(options.device),
-        "threads": torch.get_num_threads(),
+        **facts(options.device),
         "rows": rows,
         "mean": mean_of(rows),
     }
     print(markdown(result))
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.output, json.dumps(result, indent=2) + "\n")
+        write_result(options.output, result)
 
 
 def run_seed(one: recipe.Recipe, options: argparse.Namespace) -> dict:
@@ -128,24 +119,6 @@ def markdown(result: dict) -> str:
             f"{training:.1%} | {inference:.1%} | {time} |"
         )
     return "\n".join(lines)
-
-
-def commit() -> str | None:
-    """The tree's commit, marked where the tree differs from it."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
-def device_name(device: str | None) -> str:
-    """The GPU's or the processor's model."""
-    if torch.cuda.is_available() and device != "cpu":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
 
 
 if __name__ == "__main__":

@@ -63,16 +63,14 @@ LAYERPRUNE_INLINE PhiloxWords<Word> philox_4x32_10(PhiloxWords<Word> counter, ui
 template <typename Word>
 LAYERPRUNE_INLINE PhiloxWords<Word> row_words(Stream stream, uint32_t section, Word row) {
   const PhiloxWords<Word> counter = {{Word(static_cast<uint32_t>(stream.draw)),
-                                      Word(static_cast<uint32_t>(stream.draw >> 32)),
-                                      Word(section), row}};
+                                      Word(static_cast<uint32_t>(stream.draw >> 32)), Word(section),
+                                      row}};
   return philox_4x32_10(counter, static_cast<uint32_t>(stream.seed),
                         static_cast<uint32_t>(stream.seed >> 32));
 }
 
 // In [0, 1): the upper 24 bits, exactly, times 2**-24.
-LAYERPRUNE_INLINE float uniform(uint32_t word) {
-  return static_cast<float>(word >> 8) * 0x1p-24f;
-}
+LAYERPRUNE_INLINE float uniform(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
 
 // ---- The draw. Word 0 ranks rows for the Bernoulli choice, word 1 for the choice of probes, ----
 // ---- word 2 gives a probe's gate, word 3 decides in the independent scheme.                 ----
@@ -169,13 +167,14 @@ LAYERPRUNE_INLINE Statistics with_evidence(Statistics old, float estimate, float
 // Variance of one row's slope about the mean, from the spread between steps; 0 before the second.
 LAYERPRUNE_INLINE float row_variance(Statistics s) {
   const float freedom = s.steps - s.squares / (s.rows > 1e-12f ? s.rows : 1e-12f);
-  return freedom > 1e-3f ? s.deviations / freedom : 0.0f;
+  const float variance = s.deviations / (freedom > 1e-3f ? freedom : 1e-3f);
+  return freedom > 1e-3f ? variance : 0.0f;
 }
 
 // Standard error of the mean; infinite before the second step.
 LAYERPRUNE_INLINE float standard_error(Statistics s) {
-  if (!(s.steps > 1.0f)) return INFINITY;
-  return std::sqrt(row_variance(s) * s.squares) / s.rows;
+  const float error = std::sqrt(row_variance(s) * s.squares) / (s.rows > 1e-12f ? s.rows : 1e-12f);
+  return s.steps > 1.0f ? error : INFINITY;
 }
 
 // theta - (g + nu) / (nu h), clipped, with h = max(horizon, noise_factor * var(g) / nu^2).
@@ -187,13 +186,12 @@ LAYERPRUNE_INLINE float projected_theta(float theta, float estimate, float penal
   return moved < 0.0f ? 0.0f : moved > 1.0f ? 1.0f : moved;
 }
 
-// The competition: who should fall, in which order, and who may rise although it is held.
-LAYERPRUNE_INLINE bool should_fall(Statistics s, float penalty) {
-  return s.steps > 0.0f && s.mean + penalty > 0.0f;
-}
+// The competition looks at the running g + nu: a section falls where it is positive, and one that
+// is held rises only where its upper confidence bound is negative.
+LAYERPRUNE_INLINE float excess(Statistics s, float penalty) { return s.mean + penalty; }
 
-LAYERPRUNE_INLINE bool may_rise(Statistics s, float penalty, float confidence) {
-  return s.mean + penalty + confidence * standard_error(s) < 0.0f;
+LAYERPRUNE_INLINE float excess_bound(Statistics s, float penalty, float confidence) {
+  return excess(s, penalty) + confidence * standard_error(s);
 }
 
 }  // namespace layerprune

@@ -127,7 +127,8 @@ constexpr int64_t kSegment = 8192;
 
 constexpr int64_t segments(int64_t size) { return (size + kSegment - 1) / kSegment; }
 
-// The kernels of one instruction set. Those on rows take a range of the rows * segments(size) units.
+// The kernels of one instruction set. Those on rows take a range of the rows * segments(size)
+// units.
 struct CpuKernels {
   void (*forward)(const ForwardParams&, int64_t begin, int64_t end);
   void (*backward)(const BackwardParams&, int64_t begin, int64_t end);
@@ -140,9 +141,10 @@ struct CpuKernels {
   // taken[i] = whether words[i] is among the `least` smallest, of equal ones the first. The words
   // are random: the search assumes that they are spread evenly, its result does not.
   void (*mark_least)(const uint32_t* words, int64_t count, int64_t least, uint8_t* taken);
-  // Sum of the counted slopes and their number.
-  void (*counted_sum)(const float* slope, const bool* counted, int64_t count, float* sum,
-                      float* number);
+  // The statistics of some sections under this step's evidence, and where theta would move.
+  void (*step)(const StepParams&, float* moved, int64_t begin, int64_t end);
+  // What the competition asks of every section: its excess and the bound of it.
+  void (*standing)(const StepParams&, float* excess, float* bound);
 };
 
 extern const CpuKernels kBaselineKernels;
@@ -153,9 +155,7 @@ const CpuKernels& cpu_kernels();
 
 void draw_sections(const DrawParams& params, int64_t begin, int64_t end);
 
-// Takes sections begin, ..., end - 1 as far as they are independent of each other; then
-// `compete` is called once.
-void step_sections(const StepParams& params, float* moved, int64_t begin, int64_t end);
+// The end of a step, when every section's evidence is in: who is in play, and what moves.
 void compete(const StepParams& params, const float* moved);
 
 }  // namespace layerprune

@@ -36,6 +36,13 @@ class SectionDraw:
     rows: Tensor
     probes: Tensor
 
+    def runs_whole(self) -> bool:
+        """Whether all rows run, so that gathering them can be left out.
+
+        A compiler is not told: it would compile that case, which comes up now and then, apart.
+        """
+        return not torch.compiler.is_compiling() and self.rows.shape[0] == self.gate.shape[0]
+
 
 class Gate:
     """The gate of one section.

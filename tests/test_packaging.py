@@ -1,91 +1,146 @@
-"""What is built from the tree holds what it should, and the core imports without the extras."""
+"""What is built from the tree installs and works: compiled, without a compiler, without torch."""
 
 import email
+import importlib.machinery
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import layerprune
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = "matplotlib safetensors sklearn tensorboard torchvision tqdm typer yaml".split()
+COMPILED = {
+    "layerprune/_C" + importlib.machinery.EXTENSION_SUFFIXES[0],
+    "layerprune/_cpu.abi3.so",
+    "layerprune/build.json",
+}
+BUILD_WHEEL = "from setuptools import build_meta; build_meta.build_wheel({!r})"
+WITHOUT_TORCH = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
 
 
-def python(*arguments: str, cwd: Path) -> str:
-    """Runs Python in ``cwd`` with nothing but the installed packages and ``cwd`` on its path."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+def run(*command: str | Path, cwd: Path, fails: bool = False, **environment: str) -> str:
+    """Runs a command in ``cwd`` without this process's paths and wishes; returns its output."""
+    ours = ("PYTHONPATH", "LAYERPRUNE_BACKEND", "LAYERPRUNE_BUILD", "ATEN_CPU_CAPABILITY")
+    clean = {key: value for key, value in os.environ.items() if key not in ours}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+        [*map(str, command)], cwd=cwd, env=clean | environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output
+    return output
 
 
-def build(kind: str, tree: Path, output: Path) -> Path:
-    """Builds a ``wheel`` or an ``sdist`` of ``tree`` and returns the file."""
-    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(output)!r})"
-    output.mkdir()
-    python("-c", code, cwd=tree)
-    (built,) = output.iterdir()
-    return built
+def python(*arguments: str, cwd: Path, **options: object) -> str:
+    """Runs this Python in ``cwd``, which is on its path."""
+    return run(sys.executable, *arguments, cwd=cwd, **options)
 
 
-def site_tree(folder: Path, prefix: str) -> set[str]:
+def files(folder: Path, prefix: str = "") -> set[str]:
     """Paths of a folder's files below ``prefix``, without those that tools leave behind."""
-    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    kept = (
-        path
-        for path in files
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {
+        str(Path(prefix, path))
+        for path in found
         if not any(part == "__pycache__" or part.startswith(".") for part in path.parts)
+    }
+
+
+def sources() -> set[str]:
+    """The files of the package in the tree, as they are installed."""
+    package = files(ROOT / "layerprune", "layerprune") | files(
+        ROOT / "kernels", "layerprune/kernels"
     )
-    return {str(Path(prefix) / path) for path in kept}
+    return {name for name in package if not name.endswith(".so")} - COMPILED
+
+
+def unpacked(folder: Path, into: Path) -> Path:
+    """The content of the only wheel in ``folder``, as pip would put it into site-packages."""
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(into)
+    return into
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources: a build leaves its own folders behind."""
     pytest.importorskip("setuptools", minversion="77")
-    tmp = tmp_path_factory.mktemp("wheel")
-    tree = tmp / "tree"  # a copy: a build leaves its own folders behind
+    tree = tmp_path_factory.mktemp("sources") / "tree"
     tree.mkdir()
-    for name in ["pyproject.toml", "setup.py", "README.md", "LICENSE"]:
+    for name in ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"]:
         shutil.copy(ROOT / name, tree)
     for name in ["layerprune", "kernels", "csrc"]:
-        ignored = shutil.ignore_patterns("__pycache__", ".*")
+        ignored = shutil.ignore_patterns("__pycache__", ".*", "*.so", "build.json")
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    return build("wheel", tree, tmp / "dist")
+    return tree
 
 
 @pytest.fixture(scope="module")
-def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's content, as pip would put it into site-packages."""
-    folder = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
+def wheels(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the compiled wheel, as `pip install --no-build-isolation .` builds it."""
+    folder = tmp_path_factory.mktemp("wheels")
+    options = ["--no-build-isolation", "--no-deps", "--wheel-dir"]
+    python("-m", "pip", "wheel", *options, str(folder), ".", cwd=tree)
     return folder
 
 
-def test_wheel_holds_the_tree_and_nothing_else(site: Path) -> None:
-    tree = site_tree(ROOT / "layerprune", "layerprune")
-    kernels = site_tree(ROOT / "kernels", "layerprune/kernels")
-    assert {name for name in site_tree(site, "") if ".dist-info/" not in name} == tree | kernels
+@pytest.fixture(scope="module")
+def site(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpacked(wheels, tmp_path_factory.mktemp("site"))
 
 
-def test_kernels_install_inside_the_package(site: Path) -> None:
+CHECK = """
+import torch, layerprune
+from layerprune import ops
+y, gates = ops.sampled_gated_residual(
+    torch.ones(8, 3), torch.ones(8, 3), torch.tensor(0.5), torch.tensor([1, 2, 3]), 0)
+assert torch.equal(y, 1 + gates[:, None].expand(8, 3)) and 0 < gates.sum() < 8
+print(layerprune.__file__)
+print(layerprune.backends()["cpu"])
+"""
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_the_compiled_part(site: Path) -> None:
+    assert {n for n in files(site) if ".dist-info/" not in n} == sources() | COMPILED
     where = python("-c", "import layerprune.kernels as k; print(k.__file__)", cwd=site)
     assert Path(where.strip()) == site / "layerprune" / "kernels" / "__init__.py"
 
 
-def test_metadata(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("dist-info/METADATA")]
-        metadata = email.message_from_bytes(archive.read(name))
-        licence = archive.read(name.replace("METADATA", "licenses/LICENSE")).decode()
+@pytest.mark.slow
+def test_wheel_works(site: Path) -> None:
+    where, backend = python("-c", CHECK, cwd=site).splitlines()
+    assert Path(where) == site / "layerprune" / "__init__.py"
+    assert backend.startswith("compiled: ") and f"built with torch {torch.__version__}" in backend
+    info = python("-m", "layerprune", "info", cwd=site)
+    assert backend in info
+
+
+@pytest.mark.slow
+def test_metadata(wheels: Path, site: Path) -> None:
+    (wheel,) = wheels.glob("*.whl")
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    assert f"-{tag}-{tag}-" in wheel.name
+    (folder,) = site.glob("*.dist-info")
+    metadata = email.message_from_string((folder / "METADATA").read_text())
+    licence = (folder / "licenses" / "LICENSE").read_text()
     assert metadata["Version"] == layerprune.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -95,6 +150,7 @@ def test_metadata(wheel: Path) -> None:
     assert sorted(metadata.get_all("Provides-Extra")) == ["dev", "train"]
 
 
+@pytest.mark.slow
 def test_command_is_there(site: Path) -> None:
     pytest.importorskip("typer")
     (found,) = importlib.metadata.distributions(path=[str(site)])
@@ -103,13 +159,121 @@ def test_command_is_there(site: Path) -> None:
     assert callable(entry.load())
 
 
-def test_wheel_from_the_sdist_is_the_same(wheel: Path, tmp_path: Path) -> None:
-    sdist = build("sdist", wheel.parent.parent / "tree", tmp_path / "sdist")
+@pytest.mark.slow
+def test_wheel_from_the_sdist_is_the_same(site: Path, tree: Path, tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    python("-c", code, cwd=tree)
+    (sdist,) = tmp_path.glob("*.tar.gz")
     python("-m", "tarfile", "-e", str(sdist), "unpacked", cwd=tmp_path)
-    (tree,) = (tmp_path / "unpacked").iterdir()
-    again = build("wheel", tree, tmp_path / "wheel")
-    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
-        assert sorted(one.namelist()) == sorted(other.namelist())
+    (again,) = (tmp_path / "unpacked").iterdir()
+    python("-c", BUILD_WHEEL.format(str(tmp_path)), cwd=again)
+    assert files(unpacked(tmp_path, tmp_path / "site")) == files(site)
+
+
+@pytest.mark.slow
+def test_editable_install_works(tree: Path, tmp_path: Path) -> None:
+    """In an environment of its own that sees the packages of this one."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    interpreter = tmp_path / "venv" / "bin" / "python"
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    options = ["--no-build-isolation", "--no-deps", "-e", str(tmp_path / "tree")]
+    python("-m", "pip", "--python", str(interpreter), "install", *options, cwd=tmp_path)
+    where, backend = run(interpreter, "-c", CHECK, cwd=tmp_path).splitlines()
+    assert Path(where) == tmp_path / "tree" / "layerprune" / "__init__.py"
+    assert backend.startswith("compiled: ")
+    # Broken by hand, it names the command that mends it.
+    (module,) = (tmp_path / "tree" / "layerprune").glob("_C.*")
+    module.unlink()
+    backend = run(interpreter, "-c", CHECK, cwd=tmp_path).splitlines()[1]
+    assert backend.endswith(f"--force-reinstall -e {tmp_path / 'tree'}")
+
+
+@pytest.mark.parametrize(
+    ("before", "environment", "reason"),
+    [
+        ("", {"CXX": "/absent/c++"}, "the build found no C++ compiler (/absent/c++)"),
+        (WITHOUT_TORCH, {}, "the build had no torch to compile against, as in an isolated build"),
+        ("import torch; torch.__version__ = '2.9.1'; ", {}, "torch 2.9.1, older than 2.10"),
+        ("", {"LAYERPRUNE_BUILD": "none"}, "LAYERPRUNE_BUILD=none left the compiled part out"),
+        ("", {"CXX": "false"}, "compiling failed in the build"),
+    ],
+    ids=["no compiler", "no torch", "old torch", "none", "compiler fails"],
+)
+def test_installs_without_the_compiled_part(
+    tree: Path, tmp_path: Path, before: str, environment: dict[str, str], reason: str
+) -> None:
+    """The package works, says what was missing, and the one command that mends it."""
+    copy = shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build"))
+    python("-c", before + BUILD_WHEEL.format(str(tmp_path)), cwd=copy, **environment)
+    site = unpacked(tmp_path, tmp_path / "site")
+    installed = {name for name in files(site) if ".dist-info/" not in name}
+    assert installed == sources() | {"layerprune/build.json"}
+    backend = python("-c", CHECK, cwd=site).splitlines()[1]
+    assert backend.startswith("eager: the compiled part is not in use, ") and reason in backend
+    command = "LAYERPRUNE_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall "
+    assert f"To mend it: {command}" in backend
+    assert backend in python("-m", "layerprune", "info", cwd=site)
+    refusal = python("-c", CHECK, cwd=site, fails=True, LAYERPRUNE_BACKEND="compiled")
+    assert f"ImportError: LAYERPRUNE_BACKEND=compiled: layerprune runs {backend}" in refusal
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"LAYERPRUNE_BUILD": "cpu", "CXX": "/absent/c++"}, "found no C++ compiler (/absent/c++)"),
+        ({"LAYERPRUNE_BUILD": "cuda"}, "this version has no CUDA kernels yet. Use auto or cpu"),
+        ({"LAYERPRUNE_BUILD": "gpu"}, "must be one of auto, cpu, cuda, none, got 'gpu'"),
+    ],
+)
+def test_a_build_that_was_asked_for_fails_with_the_reason(
+    tree: Path, tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
+    build = BUILD_WHEEL.format(str(tmp_path))
+    assert message in python("-c", build, cwd=tree, fails=True, **environment)
+
+
+MISFITS = {
+    "torch": (
+        lambda package: None,
+        "import torch; torch.__version__ = '2.9.1'",
+        f"built with torch {torch.__version__} for torch 2.10 and newer, this is torch 2.9.1",
+    ),
+    "python": (
+        lambda package: next(package.glob("_C.*")).rename(package / "_C.cpython-38-any.so"),
+        "",
+        f"it was built for Python cpython-38-any, this is {sysconfig.get_config_var('SOABI')}",
+    ),
+    "version": (
+        lambda package: (package / "_version.py").write_text('__version__ = "9.9"\n'),
+        "",
+        f"it was built for layerprune {layerprune.__version__}, this is 9.9",
+    ),
+    "library": (
+        lambda package: (package / "_cpu.abi3.so").write_bytes(b"no library"),
+        "",
+        f"for torch 2.10 and newer, and does not load into torch {torch.__version__}",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_misfit_names_both_versions(site: Path, tmp_path: Path, misfit: str) -> None:
+    """A warning and the eager reference; an error where the compiled part is demanded."""
+    damage, before, message = MISFITS[misfit]
+    copy = shutil.copytree(site, tmp_path / "site")
+    damage(copy / "layerprune")
+    output = python("-c", before + CHECK, cwd=copy)
+    assert "RuntimeWarning: layerprune runs eager" in output and message in output
+    refusal = python("-c", before + CHECK, cwd=copy, fails=True, LAYERPRUNE_BACKEND="compiled")
+    assert "ImportError" in refusal and message in refusal and "undefined symbol" not in refusal
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    output = python("-c", CHECK, cwd=ROOT, fails=True, LAYERPRUNE_BACKEND="fast")
+    assert "LAYERPRUNE_BACKEND must be auto, eager or compiled, got 'fast'" in output
 
 
 def test_core_imports_without_the_extras() -> None:

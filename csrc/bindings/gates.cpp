@@ -52,13 +52,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_gates(
   p.probes = write<int64_t>(probes);
   p.counts = write<int64_t>(counts);
   const int64_t grain = 1 + 16384 / (batch + 1);  // sections worth a thread
-  torch::stable::parallel_for(0, sections, grain, [&](int64_t begin, int64_t end) {
-    draw_sections(p, begin, end);
-  });
+  torch::stable::parallel_for(0, sections, grain,
+                              [&](int64_t begin, int64_t end) { draw_sections(p, begin, end); });
   return {gates, slots, rows, probes, counts};
 }
 
-// A tensor that is written to: itself where it is contiguous, else a copy that `finish` copies back.
+// A tensor that is written to: itself where it is contiguous, else a copy that `finish` copies
+// back.
 class Updated {
  public:
   Updated(const char* name, Tensor tensor, ScalarType type, std::initializer_list<int64_t> shape)
@@ -112,7 +112,7 @@ void projected_gate_step_(Tensor theta, Tensor statistics, Tensor in_play, const
   std::vector<float> moved(sections);
   const int64_t grain = 1 + 32768 / (rows + 32);  // sections worth a thread
   torch::stable::parallel_for(0, sections, grain, [&](int64_t begin, int64_t end) {
-    step_sections(p, moved.data(), begin, end);
+    cpu_kernels().step(p, moved.data(), begin, end);
   });
   compete(p, moved.data());
   moved_theta.finish();

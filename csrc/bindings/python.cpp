@@ -1,6 +1,6 @@
-// The module layerprune._C: what the build was, and the random stream as NumPy arrays. It is tied to
-// one version of Python and knows nothing of torch, so that it can be asked before anything is loaded
-// that may not fit.
+// The module layerprune._C: what the build was, and the random stream as NumPy arrays. It is tied
+// to one version of Python and knows nothing of torch, so that it can be asked before anything is
+// loaded that may not fit.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -24,7 +24,7 @@ py::dict build_info() {
 #else
   info["compiler"] = "unknown";
 #endif
-  info["instruction_set"] = layerprune::processor_has_avx2() ? "avx2" : "baseline";
+  info["instruction_set"] = layerprune::runs_avx2() ? "avx2" : "baseline";
   return info;
 }
 
@@ -33,8 +33,8 @@ py::array_t<uint32_t> philox_stream(uint64_t seed, uint64_t draw, uint32_t secti
   py::array_t<uint32_t> result({count, py::ssize_t{4}});
   auto view = result.mutable_unchecked<2>();
   for (py::ssize_t i = 0; i < count; ++i) {
-    const auto found = layerprune::row_words({seed, draw}, section,
-                                             first_row + static_cast<uint32_t>(i));
+    const auto found =
+        layerprune::row_words({seed, draw}, section, first_row + static_cast<uint32_t>(i));
     for (int w = 0; w < 4; ++w) view(i, w) = found.word[w];
   }
   return result;

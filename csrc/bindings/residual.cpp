@@ -1,4 +1,5 @@
 // Operations 2 and 3 and the gather in front of a branch, for tensors on the CPU.
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -83,7 +84,9 @@ struct Gradients {
 Gradients backward(const Tensor& grad, const std::optional<Tensor>& y, const Tensor& gate,
                    const std::optional<Tensor>& slot, const std::optional<Tensor>& factor,
                    const std::optional<Tensor>& gate_grad_rows, int64_t branch_rows, bool lerp) {
-  const int64_t batch = grad.dim() > 0 ? grad.size(0) : 0;
+  const int64_t batch = grad.size(0);
+  check(branch_rows >= 0 && (slot || branch_rows == batch), "branch_rows is ", branch_rows, " for ",
+        batch, " rows of the gradient");
   if (y) check_rows("y", *y, grad);
   const MemoryFormat format = row_format(y ? *y : grad);
   const Tensor incoming = with_dense_rows(grad, format);
@@ -94,8 +97,6 @@ Gradients backward(const Tensor& grad, const std::optional<Tensor>& y, const Ten
   const Tensor d_gate = torch::stable::new_zeros(gate, {batch});
 
   const int32_t* place = read<int32_t>(slot);
-  check(slot || branch_rows == batch, "without slot the branch must have ", batch, " rows, not ",
-        branch_rows);
   const std::vector<int64_t> owner = owners(place, batch, branch_rows);
 
   BackwardParams p{};
@@ -146,7 +147,7 @@ Gradients backward(const Tensor& grad, const std::optional<Tensor>& y, const Ten
 
   // Rows of the branch that nobody reads.
   const int64_t row_bytes = p.size * static_cast<int64_t>(grad.element_size());
-  for (int64_t row = 0; row < branch_rows; ++row) {
+  for (int64_t row = 0; row < branch_rows && row_bytes > 0; ++row) {
     if (owner[row] < 0) std::memset(write<char>(d_branch) + row * row_bytes, 0, row_bytes);
   }
   const int64_t per_row = segments(p.size);
@@ -172,8 +173,8 @@ Tensor independent_gates(const Tensor& theta, const Tensor& rng_state, int64_t s
   std::vector<uint32_t> words(4 * batch);
   uint32_t* const each[4] = {words.data(), words.data() + batch, words.data() + 2 * batch,
                              words.data() + 3 * batch};
-  cpu_kernels().row_words(stream, static_cast<uint32_t>(section),
-                          static_cast<uint32_t>(values[2]), batch, each);
+  cpu_kernels().row_words(stream, static_cast<uint32_t>(section), static_cast<uint32_t>(values[2]),
+                          batch, each);
   for (int64_t row = 0; row < batch; ++row) {
     write<float>(gates)[row] = independent_gate(keep, each[3][row]);
   }
@@ -202,10 +203,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
   const int64_t batch = grad.size(0);
   const Tensor gates = checked("gate", gate, ScalarType::Float, {batch});
   const auto slots = checked("slot", slot, ScalarType::Int, {batch});
-  const auto asked =
-      gate_grad_rows
-          ? checked("gate_grad_rows", gate_grad_rows, ScalarType::Long, {gate_grad_rows->numel()})
-          : std::nullopt;
+  const auto asked = gate_grad_rows ? checked("gate_grad_rows", gate_grad_rows, ScalarType::Long,
+                                              {gate_grad_rows->numel()})
+                                    : std::nullopt;
   Gradients found = backward(grad, y, gates, slots, factor, asked, branch_rows, lerp);
   return {found.d_x, found.d_branch, found.d_gate};
 }
@@ -219,14 +219,15 @@ std::tuple<Tensor, Tensor> sampled_gated_residual(const Tensor& x, const Tensor&
   return {forward(x, branch, read<float>(gates), nullptr, sum_form(relu, lerp)), gates};
 }
 
-std::tuple<Tensor, Tensor> sampled_gated_residual_backward(
-    const Tensor& grad, const std::optional<Tensor>& y, const Tensor& theta,
-    const Tensor& rng_state, int64_t section, bool lerp) {
+std::tuple<Tensor, Tensor> sampled_gated_residual_backward(const Tensor& grad,
+                                                           const std::optional<Tensor>& y,
+                                                           const Tensor& theta,
+                                                           const Tensor& rng_state, int64_t section,
+                                                           bool lerp) {
   check(grad.dim() > 0, "grad must have at least one dimension");
   const int64_t batch = grad.size(0);
   const Tensor gates = independent_gates(theta, rng_state, section, batch);
-  Gradients found =
-      backward(grad, y, gates, std::nullopt, std::nullopt, std::nullopt, batch, lerp);
+  Gradients found = backward(grad, y, gates, std::nullopt, std::nullopt, std::nullopt, batch, lerp);
   return {found.d_x, found.d_branch};
 }
 
@@ -296,7 +297,7 @@ Tensor gate_factor(const Tensor& x, const Tensor& branch, const std::optional<Te
     }
   } else {
     x_rows = owner;
-    for (int64_t row = 0; row < branch_rows; ++row) branch_row.push_back(row);
+    for (int64_t row = 0; row < branch_rows; ++row) branch_row.push_back(owner[row] < 0 ? -1 : row);
   }
   const int64_t count = static_cast<int64_t>(x_rows.size());
   if (!lerp) return gathered(branch, branch_row.data(), count);

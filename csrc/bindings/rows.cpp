@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include <array>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -37,7 +38,8 @@ bool dense(const Tensor& tensor, MemoryFormat format, int64_t outer) {
 }
 
 // Fresh memory costs a page fault for every page, often more than the operation itself: ask for
-// large pages, as NumPy does for its arrays. Without effect where the system has set them otherwise.
+// large pages, as NumPy does for its arrays. Without effect where the system has set them
+// otherwise.
 void advise_large_pages(const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());

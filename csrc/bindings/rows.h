@@ -38,9 +38,9 @@ void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& params) 
   constexpr int64_t grain = 32768;  // elements worth a thread
   if (params.rows == 0 || params.size == 0) return;
   const int64_t per_unit = params.size < kSegment ? params.size : kSegment;
-  torch::stable::parallel_for(
-      0, params.rows * segments(params.size), (grain + per_unit - 1) / per_unit,
-      [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  torch::stable::parallel_for(0, params.rows * segments(params.size),
+                              (grain + per_unit - 1) / per_unit,
+                              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
 }  // namespace layerprune

@@ -13,7 +13,12 @@ namespace {
 // What one section's draw needs room for, reused from section to section.
 struct Scratch {
   explicit Scratch(int64_t batch)
-      : words(4 * batch), others(batch), other_rows(batch), keys(batch), probe(batch), open(batch),
+      : words(4 * batch),
+        others(batch),
+        other_rows(batch),
+        keys(batch),
+        probe(batch),
+        open(batch),
         runs(batch) {
     for (int i = 0; i < 4; ++i) word[i] = words.data() + i * batch;
   }
@@ -39,9 +44,8 @@ int64_t collect_others(const std::vector<uint8_t>& flag, Scratch& scratch) {
 void draw_systematic(const DrawParams& p, int64_t section, Scratch& scratch, float* gates) {
   const auto mark_least = cpu_kernels().mark_least;
   const Words reserved = row_words(p.stream, static_cast<uint32_t>(section), kReservedRow);
-  const SystematicCounts counts =
-      systematic_counts(p.theta[section], p.probe_rate[section], p.batch, reserved, p.min_rows,
-                        p.row_multiple);
+  const SystematicCounts counts = systematic_counts(p.theta[section], p.probe_rate[section],
+                                                    p.batch, reserved, p.min_rows, p.row_multiple);
   mark_least(scratch.word[1], p.batch, counts.probes, scratch.probe.data());
   const int64_t others = collect_others(scratch.probe, scratch);
   mark_least(scratch.others.data(), others, counts.open, scratch.open.data());

@@ -1,5 +1,15 @@
 // The kernels of `CpuKernels`, in terms of lanes. Included inside a namespace of each instruction
-// set, after lanes.h; nothing here may be a function that the linker merges with another's copy.
+// set, after the system's headers and parameters.h; nothing here may be a function that the linker
+// merges with another's copy.
+
+#include "lanes.h"
+
+// In front of a loop none of whose rounds writes what another reads.
+#if defined(__GNUC__) && !defined(__clang__)
+#define LAYERPRUNE_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define LAYERPRUNE_INDEPENDENT
+#endif
 
 // Calls `work(row, offset, count)` for the segments begin, ..., end - 1 of rows of `size` elements.
 template <typename Work>
@@ -37,8 +47,9 @@ static inline void transform(int64_t count, T* out, F f, const In*... in) {
 // `bytes` is a multiple of 4 where it streams.
 static inline void copy_bytes(bool stream, void* out, const void* in, int64_t bytes) {
   if (stream) {
-    transform<true>(bytes / 4, static_cast<float*>(out), [](FloatLanes a) { return a; },
-                    static_cast<const float*>(in));
+    transform<true>(
+        bytes / 4, static_cast<float*>(out), [](FloatLanes a) { return a; },
+        static_cast<const float*>(in));
   } else {
     std::memcpy(out, in, bytes);
   }
@@ -90,11 +101,11 @@ static void forward(const ForwardParams& p, int64_t begin, int64_t end) {
 // One segment of the backward: writes d_x and, unless null, d_branch. Returns the sum of the sum's
 // gradient times `factor`, 0 where that is null.
 template <typename T, SumForm form, bool stream, bool to_branch, bool to_gate>
-static double backward_segment(int64_t count, const T* grad, const T* y,
-                               const typename std::conditional<
-                                   form == SumForm::kLerp, typename Accumulation<T>::type,
-                                   T>::type* factor,
-                               typename Accumulation<T>::type gate, T* d_x, T* d_branch) {
+static double backward_segment(
+    int64_t count, const T* grad, const T* y,
+    const typename std::conditional<form == SumForm::kLerp, typename Accumulation<T>::type,
+                                    T>::type* factor,
+    typename Accumulation<T>::type gate, T* d_x, T* d_branch) {
   using A = typename Accumulation<T>::type;
   using Lanes = decltype(load(static_cast<const T*>(nullptr)));
   constexpr int64_t step = Lanes::count;
@@ -141,8 +152,9 @@ static void backward(const BackwardParams& p, int64_t begin, int64_t end) {
     const int64_t slot = p.slot == nullptr ? row : p.slot[row];
     const A gate = p.gate[row];
     T* d_branch = slot < 0 ? nullptr : at<T>(p.d_branch, slot, offset);
-    const int64_t factor_row =
-        p.factor.data == nullptr ? -1 : p.factor_row == nullptr ? row : p.factor_row[row];
+    const int64_t factor_row = p.factor.data == nullptr  ? -1
+                               : p.factor_row == nullptr ? row
+                                                         : p.factor_row[row];
     const Factor* factor = factor_row < 0 ? nullptr : at<Factor>(p.factor, factor_row, offset);
 
     double gate_sum = 0.0;
@@ -169,8 +181,8 @@ static void gather(const GatherParams& p, int64_t begin, int64_t end) {
       std::memset(out, 0, count * width);
       return;
     }
-    const char* in = static_cast<const char*>(p.source.data) +
-                     (p.row[row] * p.source.stride + offset) * width;
+    const char* in =
+        static_cast<const char*>(p.source.data) + (p.row[row] * p.source.stride + offset) * width;
     copy_bytes(p.stream, out, in, count * width);
   });
   if (p.stream) finish_streaming();
@@ -181,8 +193,9 @@ static void scatter_add(const ScatterAddParams& p, int64_t begin, int64_t end) {
   using Lanes = decltype(load(static_cast<const T*>(nullptr)));
   for_segments(p.size, begin, end, [&](int64_t row, int64_t offset, int64_t count) {
     T* out = at<T>(p.out, p.row[row], offset);
-    transform<false>(count, out, [](Lanes a, Lanes b) { return a + b; },
-                     static_cast<const T*>(out), at<T>(p.source, row, offset));
+    transform<false>(
+        count, out, [](Lanes a, Lanes b) { return a + b; }, static_cast<const T*>(out),
+        at<T>(p.source, row, offset));
   });
 }
 
@@ -196,9 +209,9 @@ static void difference(const DifferenceParams& p, int64_t begin, int64_t end) {
       std::memset(out, 0, count * sizeof(A));
       return;
     }
-    transform<false>(count, out, [](Lanes a, Lanes b) { return a - b; },
-                     at<T>(p.branch, p.branch_row[row], offset),
-                     at<T>(p.x, p.x_row[row], offset));
+    transform<false>(
+        count, out, [](Lanes a, Lanes b) { return a - b; },
+        at<T>(p.branch, p.branch_row[row], offset), at<T>(p.x, p.x_row[row], offset));
   });
 }
 
@@ -280,21 +293,21 @@ static inline int64_t count_at_most(const uint32_t* words, int64_t count, uint32
   return found;
 }
 
-// By interpolation, as one opens a dictionary: no branch depends on a single word, where a processor
-// would guess wrong every other time.
+// By interpolation, as one opens a dictionary: no branch depends on a single word, where a
+// processor would guess wrong every other time.
 static void mark_least(const uint32_t* words, int64_t count, int64_t least, uint8_t* taken) {
   if (least <= 0 || least >= count) {
-    std::memset(taken, least > 0, count);
+    for (int64_t i = 0; i < count; ++i) taken[i] = least > 0;
     return;
   }
   // Always: at most `low` are fewer than `least` words, at most `high` are `least` or more.
   int64_t low = -1, high = 0xFFFFFFFF, at_low = 0, at_high = count;
   for (int guess = 0; at_high != least && high - low > 1; ++guess) {
-    const double share = (static_cast<double>(least - at_low) - 0.5) /
-                         static_cast<double>(at_high - at_low);
+    const double share =
+        (static_cast<double>(least - at_low) - 0.5) / static_cast<double>(at_high - at_low);
     const bool halve = guess >= 16;  // should they not be spread evenly after all
-    int64_t middle = low + static_cast<int64_t>((halve ? 0.5 : share) *
-                                                static_cast<double>(high - low));
+    int64_t middle =
+        low + static_cast<int64_t>((halve ? 0.5 : share) * static_cast<double>(high - low));
     middle = middle <= low ? low + 1 : middle >= high ? high - 1 : middle;
     const int64_t at_middle = count_at_most(words, count, static_cast<uint32_t>(middle));
     if (at_middle < least) {
@@ -336,6 +349,54 @@ static void counted_sum(const float* slope, const bool* counted, int64_t count, 
   *number = found;
 }
 
+static inline Statistics read(const StepParams& p, int64_t section) {
+  const float* s = p.statistics + section;
+  const int64_t n = p.sections;
+  return {s[0], s[n], s[2 * n], s[3 * n], s[4 * n]};
+}
+
+static void step(const StepParams& p, float* moved, int64_t begin, int64_t end) {
+  constexpr int64_t block = 256;
+  float sum[block], rows[block];
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t count = end - first < block ? end - first : block;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t offset = (first + i) * p.rows;
+      counted_sum(p.slope + offset, p.counted + offset, p.rows, sum + i, rows + i);
+    }
+    // One section in a lane: a section without evidence is worked on like the others and then left
+    // as it was.
+    float* const s = p.statistics;
+    const int64_t n = p.sections;
+    LAYERPRUNE_INDEPENDENT
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t section = first + i;
+      const bool seen = rows[i] > 0.0f;
+      const float divisor = seen ? rows[i] : 1.0f;
+      const float estimate = sum[i] / divisor;
+      const Statistics old = read(p, section);
+      const Statistics now = with_evidence(old, estimate, divisor, p.options.decay);
+      const float to = projected_theta(p.theta[section], estimate, p.penalty[section],
+                                       row_variance(now) / divisor, p.options);
+      moved[section] = seen ? to : p.theta[section];
+      s[section] = seen ? now.steps : old.steps;
+      s[n + section] = seen ? now.rows : old.rows;
+      s[2 * n + section] = seen ? now.squares : old.squares;
+      s[3 * n + section] = seen ? now.mean : old.mean;
+      s[4 * n + section] = seen ? now.deviations : old.deviations;
+    }
+  }
+}
+
+static void standing(const StepParams& p, float* excesses, float* bounds) {
+  LAYERPRUNE_INDEPENDENT
+  for (int64_t section = 0; section < p.sections; ++section) {
+    const Statistics s = read(p, section);
+    excesses[section] = excess(s, p.penalty[section]);
+    bounds[section] = excess_bound(s, p.penalty[section], p.options.confidence);
+  }
+}
+
 // Evaluated by the compiler: no instruction of the set runs before it is chosen.
 static constexpr CpuKernels kernels() {
   return {by_type<Forward, ForwardParams>,
@@ -345,5 +406,6 @@ static constexpr CpuKernels kernels() {
           by_type<Difference, DifferenceParams>,
           fill_row_words,
           mark_least,
-          counted_sum};
+          step,
+          standing};
 }

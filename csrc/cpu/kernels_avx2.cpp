@@ -22,8 +22,6 @@
 
 namespace layerprune {
 namespace avx2 {
-#include "lanes.h"
-
 #include "kernels.h"
 }  // namespace avx2
 

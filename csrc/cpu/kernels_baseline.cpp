@@ -6,8 +6,6 @@
 
 namespace layerprune {
 namespace baseline {
-#include "lanes.h"
-
 #include "kernels.h"
 }  // namespace baseline
 

@@ -1,83 +1,41 @@
-// Operation 4 on the CPU: evidence and projection section by section, then the competition.
+// Operation 4 on the CPU: the competition between sections.
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "../parameters.h"
 
 namespace layerprune {
-namespace {
-
-Statistics read(const StepParams& p, int64_t section) {
-  const float* s = p.statistics + section;
-  const int64_t n = p.sections;
-  return {s[0], s[n], s[2 * n], s[3 * n], s[4 * n]};
-}
-
-void write(const StepParams& p, int64_t section, Statistics value) {
-  float* s = p.statistics + section;
-  const int64_t n = p.sections;
-  s[0] = value.steps;
-  s[n] = value.rows;
-  s[2 * n] = value.squares;
-  s[3 * n] = value.mean;
-  s[4 * n] = value.deviations;
-}
-
-}  // namespace
-
-void step_sections(const StepParams& p, float* moved, int64_t begin, int64_t end) {
-  const auto counted_sum = cpu_kernels().counted_sum;
-  for (int64_t section = begin; section < end; ++section) {
-    const int64_t first = section * p.rows;
-    float sum, rows;
-    counted_sum(p.slope + first, p.counted + first, p.rows, &sum, &rows);
-    moved[section] = p.theta[section];
-    if (rows == 0.0f) continue;
-    const float estimate = sum / rows;
-    const Statistics now = with_evidence(read(p, section), estimate, rows, p.options.decay);
-    write(p, section, now);
-    moved[section] = projected_theta(p.theta[section], estimate, p.penalty[section],
-                                     row_variance(now) / rows, p.options);
-  }
-}
 
 void compete(const StepParams& p, const float* moved) {
+  const int64_t n = p.sections;
   if (p.max_descending < 0) {
-    for (int64_t section = 0; section < p.sections; ++section) {
+    for (int64_t section = 0; section < n; ++section) {
       p.in_play[section] = p.free[section];
-      if (p.free[section]) p.theta[section] = moved[section];
+      p.theta[section] = p.free[section] ? moved[section] : p.theta[section];
     }
     return;
   }
+  std::vector<float> excess(n), bound(n);
+  cpu_kernels().standing(p, excess.data(), bound.data());
+
   // Those in play keep their places while they should fall; free places go to the largest excess.
-  struct Candidate {
-    bool playing;
-    float excess;
-    int64_t section;
-  };
-  std::vector<Candidate> falling;
-  for (int64_t section = 0; section < p.sections; ++section) {
-    const Statistics s = read(p, section);
-    if (p.free[section] && should_fall(s, p.penalty[section])) {
-      falling.push_back({p.in_play[section], s.mean + p.penalty[section], section});
-    }
+  std::vector<int64_t> falling;
+  for (int64_t section = 0; section < n; ++section) {
+    const bool known = p.statistics[section] > 0.0f;  // any step with evidence
+    if (p.free[section] && known && excess[section] > 0.0f) falling.push_back(section);
   }
   const auto places = std::min<int64_t>(p.max_descending, falling.size());
   std::partial_sort(falling.begin(), falling.begin() + places, falling.end(),
-                    [](const Candidate& a, const Candidate& b) {
-                      if (a.playing != b.playing) return a.playing;
-                      if (a.excess != b.excess) return a.excess > b.excess;
-                      return a.section < b.section;
+                    [&](int64_t a, int64_t b) {
+                      if (p.in_play[a] != p.in_play[b]) return p.in_play[a];
+                      if (excess[a] != excess[b]) return excess[a] > excess[b];
+                      return a < b;
                     });
-  std::fill_n(p.in_play, p.sections, false);
-  for (int64_t i = 0; i < places; ++i) p.in_play[falling[i].section] = true;
-  for (int64_t section = 0; section < p.sections; ++section) {
-    const bool allowed =
-        p.in_play[section] ||
-        (p.free[section] &&
-         may_rise(read(p, section), p.penalty[section], p.options.confidence));
-    if (allowed) p.theta[section] = moved[section];
+  std::fill_n(p.in_play, n, false);
+  for (int64_t i = 0; i < places; ++i) p.in_play[falling[i]] = true;
+  for (int64_t section = 0; section < n; ++section) {
+    const bool allowed = p.in_play[section] || (p.free[section] && bound[section] < 0.0f);
+    p.theta[section] = allowed ? moved[section] : p.theta[section];
   }
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import torch
 from layerprune._version import __version__
 
 VARIABLE = "LAYERPRUNE_BACKEND"
-"""Environment variable: ``auto`` (default), ``eager``, or ``compiled``, which refuses to do without."""
+"""Environment variable: ``auto`` (default), ``eager``, or ``compiled``: an error without it."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -54,16 +55,6 @@ class _Misfit(Exception):
     """What was compiled is for something else."""
 
 
-def _module_for_another_python() -> str | None:
-    """The Python that a compiled module beside this package is for, if not this one."""
-    here = importlib.machinery.EXTENSION_SUFFIXES
-    for path in sorted(_PACKAGE.glob("_C.*")):
-        suffix = path.name.removeprefix("_C")
-        if path.suffix in (".so", ".pyd") and suffix not in here:
-            return suffix.split(".")[1]
-    return None
-
-
 def _obstacle() -> str:
     """Why the build compiled nothing."""
     try:
@@ -75,17 +66,23 @@ def _obstacle() -> str:
 
 def _load() -> ModuleType:
     """Loads the compiled CPU kernels and returns the module that came with them."""
+    # By its file: an import would go on to look in other places, such as an editable install.
+    here = [_PACKAGE / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    file = next((path for path in here if path.exists()), None)
+    if file is None:
+        others = [path for path in _PACKAGE.glob("_C.*") if path.suffix in (".so", ".pyd")]
+        if not others:
+            raise _Missing(_obstacle())
+        other, this = others[0].name.split(".")[1], sysconfig.get_config_var("SOABI")
+        raise _Misfit(f"it was built for Python {other}, this is {this}")
+    spec = importlib.util.spec_from_file_location("layerprune._C", file)
     try:
-        from layerprune import _C
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     except ImportError as error:
-        other = _module_for_another_python()
-        if other is not None:
-            here = sysconfig.get_config_var("SOABI")
-            raise _Misfit(f"it was built for Python {other}, this is {here}") from None
-        if any(_PACKAGE.glob("_C.*")):
-            raise _Misfit(f"it does not load into Python {sysconfig.get_python_version()}: {error}")
-        raise _Missing(_obstacle()) from None
-    info = _C.build_info()
+        version = sysconfig.get_python_version()
+        raise _Misfit(f"{file.name} does not load into Python {version}: {error}") from None
+    info = module.build_info()
     if info["layerprune"] != __version__:
         raise _Misfit(f"it was built for layerprune {info['layerprune']}, this is {__version__}")
     built = f"it was built with torch {info['torch']} for torch {info['torch_oldest']} and newer"
@@ -98,7 +95,7 @@ def _load() -> ModuleType:
         torch.ops.load_library(libraries[0])
     except OSError:
         raise _Misfit(f"{built}, and does not load into torch {torch.__version__}") from None
-    return _C
+    return module
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -122,7 +119,9 @@ def _remedy() -> str:
     else:
         what = f"-e {source}" if editable else str(source)
     # Told to, the build does not pass over what it lacks, but says it.
-    return f"LAYERPRUNE_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall {what}"
+    return (
+        f"LAYERPRUNE_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall {what}"
+    )
 
 
 def _choose_cpu() -> tuple[Backend, ModuleType | None]:
@@ -156,7 +155,7 @@ def backends() -> dict[str, Backend]:
     """What runs the operations, for each type of device.
 
     Returns:
-        ``{"cpu": Backend, "cuda": Backend}``; a printed `Backend` says what it is, and where a faster
-        one could be had, why it is not in use and the command that brings it.
+        ``{"cpu": Backend, "cuda": Backend}``; a printed `Backend` says what it is, and where a
+        faster one could be had, why it is not in use and the command that brings it.
     """
     return {"cpu": _CPU, "cuda": Backend("eager", "this version has no CUDA kernels")}

@@ -57,7 +57,7 @@ def _random_count(rate: Tensor, total: Tensor | int, uniform: Tensor) -> Tensor:
     return (rate.double() * total + uniform).floor_().long().clamp_(max=total)
 
 
-def _reference(
+def reference(
     theta: Tensor,
     batch_size: int,
     rng_state: Tensor,
@@ -137,7 +137,7 @@ _sample_gates = register(
     "sample_gates(Tensor theta, SymInt batch_size, Tensor rng_state, Tensor probe_rate,"
     " int min_rows, int row_multiple, str scheme)"
     " -> (Tensor gates, Tensor slots, Tensor rows, Tensor probes, Tensor counts)",
-    _reference,
+    reference,
     _fake,
 )
 

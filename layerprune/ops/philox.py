@@ -101,9 +101,7 @@ def uniform(word: Tensor) -> Tensor:
     return (word >> 8).to(torch.float32).mul_(2.0**-24)
 
 
-def philox_stream(
-    seed: int, draw: int, section: int, first_row: int, count: int
-) -> np.ndarray:
+def philox_stream(seed: int, draw: int, section: int, first_row: int, count: int) -> np.ndarray:
     """The random words behind the gates of some rows of a section, without torch.
 
     A uniform is a word's upper 24 bits times 2**-24; `layerprune.ops.sample_gates` says which word

@@ -41,7 +41,7 @@ def standard_error(statistics: Tensor) -> Tensor:
     return torch.where(steps > 1, error, torch.inf)
 
 
-def _reference(
+def reference(
     theta: Tensor,
     statistics: Tensor,
     in_play: Tensor,
@@ -55,6 +55,7 @@ def _reference(
     confidence: float,
     max_descending: int,
 ) -> None:
+    """The specification of ``projected_gate_step_``; see there. ``max_descending`` -1 is None."""
     rows = counted.sum(1)
     seen = rows > 0
     estimate = torch.where(counted, slope, 0).sum(1) / rows.clamp_min(1)
@@ -87,10 +88,10 @@ def _reference(
         allowed = free
     else:
         # Those already falling stay in play while they should fall; free places go to the largest
-        # excess.
+        # excess, of equal ones to the first.
         falling = free & (statistics[0] > 0) & (excess > 0)
-        score = torch.where(falling, excess + in_play * 1e6, -torch.inf)
-        best = score.topk(min(max_descending, score.numel())).indices
+        score = torch.where(falling, excess.double() + in_play * 1e6, -torch.inf)
+        best = score.argsort(descending=True, stable=True)[:max_descending]
         in_play.zero_().index_fill_(0, best, True).logical_and_(falling)
         # Letting the others rise on noise would ratchet useless sections up.
         rising = free & (excess + confidence * standard_error(statistics) < 0)
@@ -106,7 +107,7 @@ _op = register(
     "projected_gate_step_(Tensor(a!) theta, Tensor(b!) statistics, Tensor(c!) in_play, "
     "Tensor slope, Tensor counted, Tensor penalty, Tensor free, float horizon, "
     "float noise_factor, float decay, float confidence, int max_descending) -> ()",
-    _reference,
+    reference,
     _fake,
 )
 

@@ -52,7 +52,7 @@ def _forward(
     draw = gate.current(training, x.shape[0])
     if isinstance(draw, bool):
         return run(x, *args, **kwargs) if draw else x
-    if draw.rows.shape[0] == x.shape[0]:
+    if draw.runs_whole():
         y = run(x, *args, **kwargs)
         return ops.gated_residual(x, y, draw.gate, form="lerp", gate_grad_rows=draw.probes)
     args = [a[draw.rows] if i in batched else a for i, a in enumerate(args, start=1)]

@@ -47,7 +47,7 @@ def _forward(
     if isinstance(draw, bool):
         straight = x if shortcut is None else shortcut(x)
         return activate(straight + branch(x) if draw else straight, activation)
-    if draw.rows.shape[0] == x.shape[0]:
+    if draw.runs_whole():
         rows, rest, slot = x, x, None
     else:
         rows, rest = ops.take_rows(x, draw.rows, exclusive=shortcut is None)

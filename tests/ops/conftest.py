@@ -1,9 +1,12 @@
-"""An independent, slow implementation of the random stream and the draw, in Python integers."""
+"""What the operations are compared with: plain formulas, and a slow draw in Python integers."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+
+from layerprune import ops
 
 RESERVED = 0xFFFFFFFF
 
@@ -69,3 +72,96 @@ def draw(theta, batch, rng_state, probe_rate, min_rows, row_multiple, scheme):
 def plain():
     """The plain implementation: ``philox``, ``words``, ``uniform`` and ``draw``."""
     return SimpleNamespace(philox=philox, words=words, uniform=uniform, draw=draw)
+
+
+def spread(branch, slot, batch):
+    """The branch's rows where the rows of x read them, zeros elsewhere; and which rows read one."""
+    if slot is None:
+        return branch, torch.ones(batch, dtype=torch.bool)
+    has = slot >= 0
+    full = branch.new_zeros((batch, *branch.shape[1:]))
+    full[has] = branch[slot[has].long()]
+    return full, has
+
+
+def weights(gate, like, has):
+    """The gates in the dtype of ``like``, shaped to multiply its rows; 0 without a slot."""
+    return torch.where(has, gate, 0).to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def gated_sum(x, branch, gate, slot=None, form="add", activation=None):
+    """The gated residual sum, in the dtype of x."""
+    full, has = spread(branch, slot, x.shape[0])
+    y = x + weights(gate, x, has) * (full - x if form == "lerp" else full)
+    return y.relu() if activation == "relu" else y
+
+
+def gated_gradients(grad, y, x, branch, gate, slot=None, form="add", activation=None, asked=None):
+    """Its gradients by hand, in the dtype of x: of x, of the branch and of the gate.
+
+    ``y`` is the sum as it was computed: where it is 0 decides what ReLU lets through.
+    """
+    full, has = spread(branch, slot, x.shape[0])
+    weight = weights(gate, x, has)
+    passed = torch.where(y > 0, grad, 0) if activation == "relu" else grad
+    d_x = passed * (1 - weight) if form == "lerp" else passed
+    d_full = passed * weight
+    d_branch = torch.zeros_like(branch)
+    if slot is None:
+        d_branch += d_full
+    else:
+        d_branch[slot[has].long()] = d_full[has]
+    d_gate = passed * (full - x if form == "lerp" else full)
+    if x.dim() > 1:
+        d_gate = d_gate.flatten(1).sum(1)
+    wanted = has.clone()
+    if asked is not None:
+        wanted[:] = False
+        wanted[asked] = has[asked]
+    return d_x, d_branch, torch.where(wanted, d_gate, 0)
+
+
+def close(found, exact, eager=None):
+    """Asserts an error of at most twice that of the same formula in the same dtype, plus a little.
+
+    The rule of FlashAttention's tests. With ``eager`` None, of the exact result rounded once.
+    """
+    assert found.shape == exact.shape
+    if found.numel() == 0:
+        return
+    eager = exact.to(found.dtype) if eager is None else eager
+    # In float64 the formula itself has a few roundings, of which this sees no error.
+    room = 8 * exact.abs().max() if found.dtype == torch.float64 else 1 / 4
+    bound = 2 * (eager.double() - exact).abs().max() + room * torch.finfo(found.dtype).eps
+    error = (found.double() - exact).abs().max()
+    assert error <= bound, f"error {error} above {bound}"
+
+
+@pytest.fixture(scope="session")
+def gated():
+    """The plain gated residual sum: ``sum``, ``gradients``; ``close`` compares with it."""
+    return SimpleNamespace(sum=gated_sum, gradients=gated_gradients, close=close)
+
+
+@pytest.fixture
+def poison():
+    """Within the test torch fills uninitialised memory: NaN, or the greatest integer."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; afterwards it is as before."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compiled():
+    """Skips the test unless the compiled kernels serve the CPU."""
+    if ops.backends()["cpu"].name != "compiled":
+        pytest.skip("the compiled part is not in use")

@@ -1,7 +1,10 @@
 """``take_rows``, alone and in front of a branch; compilation and recomputation of the pair."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from layerprune import ops
@@ -62,6 +65,50 @@ def test_take_rows(exclusive, layout, rows):
         grads = [g.clone(memory_format=torch.preserve_format) for g in grads]
         (found,) = torch.autograd.grad(outputs, x, grads, retain_graph=True)
         torch.testing.assert_close(found, want)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(0, 6),
+    count=st.integers(0, 6),
+    shape=st.lists(st.integers(0, 3), max_size=4),
+    layout=st.sampled_from(["contiguous", "channels_last", "expanded", "sliced"]),
+    exclusive=st.booleans(),
+    used=st.sampled_from([(True, True), (True, False), (False, True)]),
+    seed=st.integers(0, 2**16),
+)
+def test_take_rows_over_shapes(batch, count, shape, layout, exclusive, used, seed):
+    """Values and the gradient of either or both outputs against NumPy, for any shape; exact.
+
+    ``layout`` is that of the shortcut's gradient, which is not written to without the promise, nor
+    where it is a view.
+    """
+    random = np.random.default_rng(seed)
+    rows = random.permutation(batch)[: min(count, batch)]
+    x = random.standard_normal((batch, *shape))
+    d_rows, d_rest = random.standard_normal((len(rows), *shape)), random.standard_normal(x.shape)
+    leaf = torch.from_numpy(x).requires_grad_()
+    taken, rest = ops.take_rows(leaf, torch.from_numpy(rows), exclusive=exclusive)
+    assert np.array_equal(taken.detach(), x[rows]) and np.array_equal(rest.detach(), x)
+    given_rest = torch.from_numpy(d_rest.copy())
+    if layout == "channels_last" and len(shape) == 3:
+        given_rest = given_rest.contiguous(memory_format=torch.channels_last)
+    elif layout == "expanded":
+        given_rest = torch.tensor(d_rest.flat[0] if x.size else 0.0).expand(x.shape)
+    elif layout == "sliced":
+        given_rest = torch.from_numpy(np.repeat(d_rest, 2, axis=0))[::2]
+    before = given_rest.numpy().copy()
+    want = np.zeros_like(x)
+    if used[1]:
+        want += before
+    if used[0]:
+        np.add.at(want, rows, d_rows)
+    pairs = zip((taken, rest), (torch.from_numpy(d_rows), given_rest), used, strict=True)
+    outputs, grads = zip(*[(output, grad) for output, grad, use in pairs if use], strict=True)
+    (found,) = torch.autograd.grad(outputs, leaf, grads)
+    assert np.array_equal(found, want)
+    if layout in ("expanded", "sliced") or not exclusive:
+        assert np.array_equal(given_rest, before)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
