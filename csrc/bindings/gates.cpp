@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_gates(
   p.rows = write<int64_t>(rows);
   p.probes = write<int64_t>(probes);
   p.counts = write<int64_t>(counts);
-  const int64_t grain = 1 + 16384 / (batch + 1);  // sections worth a thread
+  const int64_t grain = 1 + 4096 / (batch + 1);  // sections worth a thread
   torch::stable::parallel_for(0, sections, grain,
                               [&](int64_t begin, int64_t end) { draw_sections(p, begin, end); });
   return {gates, slots, rows, probes, counts};

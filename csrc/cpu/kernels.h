@@ -295,19 +295,20 @@ static inline int64_t count_at_most(const uint32_t* words, int64_t count, uint32
 
 // By interpolation, as one opens a dictionary: no branch depends on a single word, where a
 // processor would guess wrong every other time.
-static void mark_least(const uint32_t* words, int64_t count, int64_t least, uint8_t* taken) {
-  if (least <= 0 || least >= count) {
-    for (int64_t i = 0; i < count; ++i) taken[i] = least > 0;
+static void mark_least(const uint32_t* words, const uint8_t* excluded, int64_t count,
+                       int64_t eligible, int64_t least, uint8_t* taken) {
+  if (least <= 0) {
+    for (int64_t i = 0; i < count; ++i) taken[i] = 0;
     return;
   }
   // Always: at most `low` are fewer than `least` words, at most `high` are `least` or more.
-  int64_t low = -1, high = 0xFFFFFFFF, at_low = 0, at_high = count;
+  int64_t low = -1, high = 0xFFFFFFFF, at_low = 0, at_high = eligible;
   for (int guess = 0; at_high != least && high - low > 1; ++guess) {
-    const double share =
-        (static_cast<double>(least - at_low) - 0.5) / static_cast<double>(at_high - at_low);
     const bool halve = guess >= 16;  // should they not be spread evenly after all
-    int64_t middle =
-        low + static_cast<int64_t>((halve ? 0.5 : share) * static_cast<double>(high - low));
+    const double share =
+        halve ? 0.5
+              : (static_cast<double>(least - at_low) - 0.5) / static_cast<double>(at_high - at_low);
+    int64_t middle = low + static_cast<int64_t>(share * static_cast<double>(high - low));
     middle = middle <= low ? low + 1 : middle >= high ? high - 1 : middle;
     const int64_t at_middle = count_at_most(words, count, static_cast<uint32_t>(middle));
     if (at_middle < least) {
@@ -319,10 +320,12 @@ static void mark_least(const uint32_t* words, int64_t count, int64_t least, uint
     }
   }
   const uint32_t bound = static_cast<uint32_t>(high);
-  for (int64_t i = 0; i < count; ++i) taken[i] = words[i] <= bound;
+  for (int64_t i = 0; i < count; ++i) {
+    taken[i] = static_cast<uint8_t>(words[i] <= bound) & (excluded[i] ^ 1u);
+  }
   for (int64_t i = count; at_high > least; --at_high) {  // equal words, one in billions
     do --i;
-    while (words[i] != bound);
+    while (words[i] != bound || excluded[i]);
     taken[i] = 0;
   }
 }

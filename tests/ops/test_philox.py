@@ -1,9 +1,10 @@
 """Philox4x32-10 against published vectors and against plain integers."""
 
+import numpy as np
 import pytest
 import torch
 
-from layerprune.ops import philox, philox_4x32_10
+from layerprune.ops import philox, philox_4x32_10, philox_stream
 
 # Random123's known-answer tests, kat_vectors, "philox4x32 10": counter, key, result.
 KNOWN = [
@@ -67,3 +68,45 @@ def test_uniform_is_exact():
     """The largest word stays below 1, the smallest is 0."""
     words = torch.tensor([0, 255, 256, 0xFFFFFFFF])
     assert philox.uniform(words).tolist() == [0.0, 0.0, 2.0**-24, 1 - 2.0**-24]
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, (1 << 63) - 1, -(1 << 63)])
+@pytest.mark.parametrize("number", [0, (1 << 33) + 5, (1 << 63) - 1])
+@pytest.mark.parametrize("section", [0, 3, (1 << 32) - 1])
+@pytest.mark.parametrize("first", [0, 1000, (1 << 32) - 5])
+def test_stream(seed, number, section, first, plain):
+    """Rows of a section as NumPy numbers: the plain generator's words, up to the reserved row."""
+    found = philox_stream(seed, number, section, first, 5)
+    assert found.dtype == np.uint32 and found.shape == (5, 4)
+    assert found.tolist() == [plain.words(seed, number, section, first + i) for i in range(5)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 1001])
+def test_stream_equals_the_grid(count):
+    """It is what the draw reads, for any number of rows."""
+    found = philox_stream(11, 5, 2, 40, count)
+    rows = torch.arange(40, 40 + count)
+    grid = philox.grid_words(torch.tensor([11, 5, 0]), torch.tensor([2]), rows)
+    assert found.shape == (count, 4) and found.tolist() == grid[:, 0].T.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1 << 63}, "seed must lie in"),
+        ({"seed": -(1 << 63) - 1}, "seed must lie in"),
+        ({"draw": -1}, r"draw must lie in \[0, .*\], got -1"),
+        ({"draw": 1 << 63}, "draw must lie in"),
+        ({"section": -1}, "section must lie in"),
+        ({"section": 1 << 32}, "section must lie in"),
+        ({"first_row": -1}, "first_row must lie in"),
+        ({"first_row": 1 << 32}, "first_row must lie in"),
+        ({"count": -1}, "count must lie in"),
+        ({"first_row": (1 << 32) - 2, "count": 3}, r"count must lie in \[0, 2\], got 3"),
+    ],
+)
+def test_stream_errors(change, message):
+    """Each number out of its range is named."""
+    arguments = {"seed": 0, "draw": 0, "section": 0, "first_row": 0, "count": 1}
+    with pytest.raises(ValueError, match=message):
+        philox_stream(**(arguments | change))

@@ -63,31 +63,28 @@ class Plain:
                 bound[section] = excess[section] + self.options["confidence"] * error
         return excess, bound
 
-    def check_choice(self, chosen, excess):
-        """Whether these sections may be the ones in play: any choice among equals is right."""
+    def choice(self, excess):
+        """In play are first those that were, then the largest excess, of equal ones the first."""
         limit = self.options["max_descending"]
         if limit is None:
-            assert (chosen == self.free).all()
-            return
-        begun = np.array([bool(history) for history in self.history], bool)
-        falling = self.free & begun & (excess > 0)
-        assert (chosen <= falling).all()
-        assert chosen.sum() == min(limit, falling.sum())
-        assert ((self.playing & falling) <= chosen).all()  # they keep their places
-        taken, left = chosen & ~self.playing, falling & ~chosen
-        if taken.any() and left.any():
-            assert excess[taken].min() >= excess[left].max() - 1e-6
+            return self.free
+        falling = [
+            section
+            for section in range(len(excess))
+            if self.free[section] and self.history[section] and excess[section] > 0
+        ]
+        falling.sort(key=lambda section: (not self.playing[section], -excess[section], section))
+        return np.isin(np.arange(len(excess)), falling[:limit])
 
-    def step(self, slope, counted, chosen):
-        """One step; ``chosen`` are the sections that were put into play."""
+    def step(self, slope, counted):
+        """One step."""
         moved, seen = self.wishes(slope, counted)
         excess, bound = self.excess()
-        self.check_choice(chosen, excess)
-        allowed = chosen.copy()
+        self.playing = self.choice(excess)
+        allowed = self.playing.copy()
         if self.options["max_descending"] is not None:
             allowed |= self.free & (bound < 0)
         self.theta = np.where(allowed & seen, moved, self.theta)
-        self.playing = chosen
 
 
 def laid_out(values, layout):
@@ -168,9 +165,47 @@ def test_equals_numpy(sections, rows, density, limit, noise_factor, decay, layou
         ops.projected_gate_step_(
             *state, *given, torch.from_numpy(penalty), torch.from_numpy(free), **options
         )
-        plain.step(slope, counted, state[2].numpy().copy())
+        plain.step(slope, counted)
+        assert state[2].tolist() == plain.playing.tolist()
         np.testing.assert_allclose(state[0], plain.theta, atol=1e-4)
         sums = np.array([plain.sums(section) for section in range(sections)]).reshape(-1, 5).T
         np.testing.assert_allclose(state[1], sums, rtol=1e-4, atol=1e-5)
     if layout != "contiguous":
         assert all(canaries(base, part) for base, part in zip(bases, state, strict=True))
+
+
+def one_step(excess, playing, limit):
+    """Sections of which nothing was known but who is in play, after a step."""
+    count = len(excess)
+    state = (torch.full((count,), 0.5), torch.zeros(5, count), torch.tensor(playing))
+    slope = torch.tensor(excess)[:, None].expand(count, 4)
+    ops.projected_gate_step_(
+        *state,
+        slope,
+        torch.ones(count, 4, dtype=torch.bool),
+        torch.full((count,), 0.0625),
+        torch.ones(count, dtype=torch.bool),
+        horizon=10.0,
+        noise_factor=0.0,
+        decay=1.0,
+        confidence=1.0,
+        max_descending=limit,
+    )
+    return state[2].nonzero().flatten().tolist()
+
+
+def test_fewer_places_than_before():
+    """Where more are in play than there are places, the largest excess keeps them."""
+    assert one_step([0.01, 0.0101, 0.0102, 0.0099], [True] * 4, 1) == [2]
+    assert one_step([0.01, 0.0101, 0.0102, 0.0099], [True] * 4, 2) == [1, 2]
+
+
+def test_equal_excess():
+    """Of equal ones the first."""
+    assert one_step([0.25] * 40, [False] * 40, 3) == [0, 1, 2]
+    assert one_step([0.125, *[0.25] * 30], [False] * 31, 2) == [1, 2]
+
+
+def test_those_in_play_stay_whatever_comes():
+    """A section in play that should fall is not displaced, however large another's excess."""
+    assert one_step([0.01, 3e6], [True, False], 1) == [0]
