@@ -63,7 +63,7 @@ test-oldest: $(READY)  ## build with this torch, run the core's tests under the 
 	$(OLDEST_VENV)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH) torchvision \
 	    numpy scikit-learn pytest hypothesis
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall build/oldest/*.whl
-	cd tests && PYTHONPATH= LAYERPRUNE_BACKEND=compiled ../$(OLDEST_VENV)/bin/python -m pytest . \
+	cd tests && PYTHONPATH= LAYERPRUNE_BACKEND=compiled $(abspath $(OLDEST_VENV))/bin/python -m pytest . \
 	    --ignore=training --ignore=test_cli.py --ignore=test_packaging.py
 
 lint: $(READY)  ## check style and formatting
