@@ -62,9 +62,8 @@ def extensions() -> list[setuptools.Extension]:
     import torch
     from torch.utils import cpp_extension
 
-    # A job for a core and a GiB of memory: ninja's own choice takes more than small machines have.
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, memory))))
+    # ninja's own choice is more than the cores, and more than a small machine has memory for.
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 
     headers = sorted(map(str, Path("csrc").rglob("*.h")))
     # Without errno and traps, which nobody asks for, more loops become vectors; no value changes.
@@ -76,9 +75,7 @@ def extensions() -> list[setuptools.Extension]:
         "layerprune._cpu",
         [
             *sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
-            "csrc/bindings/gates.cpp",
-            "csrc/bindings/residual.cpp",
-            "csrc/bindings/rows.cpp",
+            *(f"csrc/bindings/{n}.cpp" for n in ("gates", "gather", "indices", "residual", "rows")),
         ],
         depends=headers,
         extra_compile_args=[*flags, f"-DTORCH_TARGET_VERSION={oldest}"],
@@ -110,9 +107,12 @@ def extensions() -> list[setuptools.Extension]:
 
 
 def record(folder: Path, reason: str | None) -> None:
-    """Leaves word for `layerprune info` of why there is no compiled part."""
+    """Leaves word for `layerprune info` of why there is no compiled part, and no earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.json").write_text(json.dumps({"obstacle": reason}) + "\n")
+    if reason is not None:
+        for library in (*folder.glob("_C.*"), *folder.glob("_cpu.*")):
+            library.unlink()
 
 
 OBSTACLE = obstacle()
@@ -125,10 +125,8 @@ if OBSTACLE is not None:
 class BuildPy(build_py):
     def run(self):
         super().run()
-        record(
-            ROOT / "layerprune" if self.editable_mode else Path(self.build_lib, "layerprune"),
-            OBSTACLE,
-        )
+        folder = ROOT if self.editable_mode else Path(self.build_lib)
+        record(folder / "layerprune", OBSTACLE)
 
 
 COMMANDS = {"build_py": BuildPy}
@@ -136,17 +134,21 @@ if OBSTACLE is None:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
-        def build_extensions(self):
+        def run(self):
+            folder = ROOT if self.inplace else Path(self.build_lib)
+            built = [Path(self.build_lib, self.get_ext_filename(e.name)) for e in self.extensions]
+            for path in built:
+                path.unlink(missing_ok=True)
+            # setuptools and ninja fail with one class of error each, and an optional extension is
+            # passed over: what counts is whether the files are there.
             try:
-                super().build_extensions()
-            except (
-                Exception
-            ) as error:  # setuptools and ninja have one class of error each, and more
+                super().run()
+            except Exception as error:
                 if CHOICE != "auto":
                     raise
-                print(f"layerprune: no compiled part, compiling failed: {error}")
-                folder = Path(self.get_ext_fullpath("layerprune._C")).parent
-                record(folder, "compiling failed in the build")
+                print(f"layerprune: compiling failed: {error}")
+            if not all(path.exists() for path in built):
+                record(folder / "layerprune", "compiling failed in the build")
 
     COMMANDS["build_ext"] = BuildExt
 

@@ -20,7 +20,7 @@ def test_sample_gates(benchmark, sections, batch):
 
 @pytest.mark.parametrize("sections", [15, 1000])
 def test_projected_step(benchmark, sections):
-    state = (torch.full((sections,), 0.5), torch.zeros(5, sections))
+    state = (torch.full((sections,), 0.5), torch.zeros(5, sections), torch.zeros(sections).bool())
     flags = torch.ones(sections, dtype=torch.bool)
     slope, counted = torch.randn(sections, 128), torch.rand(sections, 128) < 1 / 8
     options = {"horizon": 50, "noise_factor": 4, "decay": 0.98, "confidence": 2}
@@ -28,7 +28,7 @@ def test_projected_step(benchmark, sections):
 
     def step():
         ops.projected_gate_step_(
-            *state, ~flags, slope, counted, penalty, flags, **options, max_descending=4
+            *state, slope, counted, penalty, flags, **options, max_descending=4
         )
 
     benchmark(step)

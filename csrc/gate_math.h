@@ -82,8 +82,10 @@ LAYERPRUNE_INLINE uint64_t rank_key(uint32_t word, uint32_t row) {
 
 LAYERPRUNE_INLINE uint32_t row_of_key(uint64_t key) { return static_cast<uint32_t>(key); }
 
-// floor(rate * total + u), at most total. The product is exact in float64, so that contracting it
-// with the sum into one instruction changes nothing.
+constexpr int64_t kMostRows = int64_t{1} << 29;  // a batch has fewer
+
+// floor(rate * total + u), at most total. The product of 24 and 29 bits is exact in float64, so
+// that contracting it with the sum into one instruction changes nothing.
 LAYERPRUNE_INLINE int64_t random_count(float rate, int64_t total, uint32_t word) {
   const double count = std::floor(static_cast<double>(rate) * static_cast<double>(total) +
                                   static_cast<double>(uniform(word)));

@@ -26,7 +26,7 @@ enum class SumForm { kAdd, kAddRelu, kLerp };
 struct ForwardParams {
   ElementType type;
   SumForm form;
-  bool stream;  // past the caches
+  bool non_temporal;  // whether results are written past the caches
   int64_t rows;
   int64_t size;
   RowsIn x;
@@ -41,13 +41,13 @@ struct ForwardParams {
 struct BackwardParams {
   ElementType type;
   SumForm form;
-  bool stream;
+  bool non_temporal;
   int64_t rows;
   int64_t size;
   RowsIn grad;
   RowsIn y;  // kAddRelu only
   RowsIn factor;
-  const int32_t* factor_row;  // row of `factor` for each row of grad or -1; null: they correspond
+  const int64_t* factor_row;  // row of `factor` for each row of grad or -1; null: they correspond
   RowsOut d_x;
   RowsOut d_branch;
   const float* gate;
@@ -58,7 +58,7 @@ struct BackwardParams {
 // out_p = source[row_p]: zeros where row_p is -1.
 struct GatherParams {
   int64_t element_bytes;
-  bool stream;
+  bool non_temporal;
   int64_t rows;
   int64_t size;
   RowsIn source;
@@ -125,7 +125,7 @@ struct StepParams {
 // summation.
 constexpr int64_t kSegment = 8192;
 
-constexpr int64_t segments(int64_t size) { return (size + kSegment - 1) / kSegment; }
+static constexpr int64_t segments(int64_t size) { return (size + kSegment - 1) / kSegment; }
 
 // The kernels of one instruction set. Those on rows take a range of the rows * segments(size)
 // units.

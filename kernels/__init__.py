@@ -1,5 +1,5 @@
 """Triton kernels of the operations, installed as ``layerprune.kernels``.
 
-None is written yet: `layerprune.ops` runs its eager reference on every device. This package imports
+None is written yet: `layerprune.ops` runs its eager reference on CUDA devices. This package imports
 without Triton.
 """

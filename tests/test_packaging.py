@@ -4,6 +4,7 @@ import email
 import importlib.machinery
 import importlib.metadata
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,14 +26,15 @@ COMPILED = {
     "layerprune/build.json",
 }
 BUILD_WHEEL = "from setuptools import build_meta; build_meta.build_wheel({!r})"
-WITHOUT_TORCH = """
+WITHOUT = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torch":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name.partition(".")[0] in {}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
 """
+WITHOUT_NINJA = "import os; os.environ['PATH'] = '/usr/bin:/bin'; "  # torch runs the command
 
 
 def run(*command: str | Path, cwd: Path, fails: bool = False, **environment: str) -> str:
@@ -177,29 +179,38 @@ def test_editable_install_works(tree: Path, tmp_path: Path) -> None:
     interpreter = tmp_path / "venv" / "bin" / "python"
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (packages / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "*.egg-info"))
-    options = ["--no-build-isolation", "--no-deps", "-e", str(tmp_path / "tree")]
-    python("-m", "pip", "--python", str(interpreter), "install", *options, cwd=tmp_path)
+    ignored = shutil.ignore_patterns("build", "*.egg-info")
+    tree = shutil.copytree(tree, tmp_path / "a tree", ignore=ignored)
+    options = ["--no-build-isolation", "--no-deps", "-e", str(tree)]
+    install = ["-m", "pip", "--python", str(interpreter), "install", *options]
+    python(*install, cwd=tmp_path)
     where, backend = run(interpreter, "-c", CHECK, cwd=tmp_path).splitlines()
-    assert Path(where) == tmp_path / "tree" / "layerprune" / "__init__.py"
+    assert Path(where) == tree / "layerprune" / "__init__.py"
     assert backend.startswith("compiled: ")
-    # Broken by hand, it names the command that mends it.
-    (module,) = (tmp_path / "tree" / "layerprune").glob("_C.*")
-    module.unlink()
+    # A later build that fails leaves nothing of the earlier one, and the command that mends it.
+    python(*install, cwd=tmp_path, CXX="false")
+    assert not [*(tree / "layerprune").glob("*.so")]
     backend = run(interpreter, "-c", CHECK, cwd=tmp_path).splitlines()[1]
-    assert backend.endswith(f"--force-reinstall -e {tmp_path / 'tree'}")
+    assert "compiling failed in the build" in backend
+    command = backend.partition("To mend it: ")[2]
+    assert command.endswith(f"--force-reinstall -e {shlex.quote(str(tree))}")
 
 
 @pytest.mark.parametrize(
     ("before", "environment", "reason"),
     [
         ("", {"CXX": "/absent/c++"}, "the build found no C++ compiler (/absent/c++)"),
-        (WITHOUT_TORCH, {}, "the build had no torch to compile against, as in an isolated build"),
+        (
+            WITHOUT.format(["torch"]),
+            {},
+            "the build had no torch to compile against, as in an isolated build",
+        ),
         ("import torch; torch.__version__ = '2.9.1'; ", {}, "torch 2.9.1, older than 2.10"),
         ("", {"LAYERPRUNE_BUILD": "none"}, "LAYERPRUNE_BUILD=none left the compiled part out"),
         ("", {"CXX": "false"}, "compiling failed in the build"),
+        (WITHOUT_NINJA, {"CXX": "false", "CC": "false"}, "compiling failed in the build"),
     ],
-    ids=["no compiler", "no torch", "old torch", "none", "compiler fails"],
+    ids=["no compiler", "no torch", "old torch", "none", "compiler fails", "fails without ninja"],
 )
 def test_installs_without_the_compiled_part(
     tree: Path, tmp_path: Path, before: str, environment: dict[str, str], reason: str
@@ -212,8 +223,9 @@ def test_installs_without_the_compiled_part(
     assert installed == sources() | {"layerprune/build.json"}
     backend = python("-c", CHECK, cwd=site).splitlines()[1]
     assert backend.startswith("eager: the compiled part is not in use, ") and reason in backend
-    command = "LAYERPRUNE_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall "
-    assert f"To mend it: {command}" in backend
+    where = "To mend it: in the folder of layerprune's sources, LAYERPRUNE_BUILD=cpu "
+    pip = f"{sys.executable} -m pip install --no-build-isolation --no-deps --force-reinstall ."
+    assert backend.endswith(where + pip)
     assert backend in python("-m", "layerprune", "info", cwd=site)
     refusal = python("-c", CHECK, cwd=site, fails=True, LAYERPRUNE_BACKEND="compiled")
     assert f"ImportError: LAYERPRUNE_BACKEND=compiled: layerprune runs {backend}" in refusal
@@ -223,6 +235,7 @@ def test_installs_without_the_compiled_part(
     ("environment", "message"),
     [
         ({"LAYERPRUNE_BUILD": "cpu", "CXX": "/absent/c++"}, "found no C++ compiler (/absent/c++)"),
+        ({"LAYERPRUNE_BUILD": "cpu", "CXX": "false"}, "Error"),
         ({"LAYERPRUNE_BUILD": "cuda"}, "this version has no CUDA kernels yet. Use auto or cpu"),
         ({"LAYERPRUNE_BUILD": "gpu"}, "must be one of auto, cpu, cuda, none, got 'gpu'"),
     ],
@@ -277,14 +290,4 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 def test_core_imports_without_the_extras() -> None:
-    code = f"""
-import sys
-missing = {TRAIN}
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in missing:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Missing())
-import layerprune, layerprune.models
-"""
-    python("-c", code, cwd=ROOT)
+    python("-c", WITHOUT.format(TRAIN) + "import layerprune, layerprune.models", cwd=ROOT)

@@ -28,12 +28,46 @@ void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << ']';
-  return text.str();
+// A tensor in a message: its dtype and shape, written only if the message is.
+struct Described {
+  ScalarType type;
+  const int64_t* sizes;
+  int64_t dim;
+};
+
+inline Described described(const Tensor& tensor) {
+  return {tensor.scalar_type(), tensor.sizes().data(), tensor.dim()};
+}
+
+inline std::ostream& operator<<(std::ostream& out, const Described& tensor) {
+  switch (tensor.type) {
+    case ScalarType::Double:
+      out << "float64";
+      break;
+    case ScalarType::Float:
+      out << "float32";
+      break;
+    case ScalarType::Half:
+      out << "float16";
+      break;
+    case ScalarType::BFloat16:
+      out << "bfloat16";
+      break;
+    case ScalarType::Long:
+      out << "int64";
+      break;
+    case ScalarType::Int:
+      out << "int32";
+      break;
+    case ScalarType::Bool:
+      out << "bool";
+      break;
+    default:
+      out << "another dtype";
+  }
+  out << " of shape [";
+  for (int64_t d = 0; d < tensor.dim; ++d) out << (d ? ", " : "") << tensor.sizes[d];
+  return out << ']';
 }
 
 // The tensor, contiguous, if dtype and shape are as they must be.
@@ -42,8 +76,8 @@ inline Tensor checked(const char* name, const Tensor& tensor, ScalarType type,
   bool same = tensor.scalar_type() == type && tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
   for (const int64_t size : shape) same = same && tensor.size(d++) == size;
-  check(same, name, " of shape ", shape_of(tensor), " has a wrong dtype or shape");
-  check(tensor.is_cpu(), name, " is not on the CPU");
+  const Described wanted{type, shape.begin(), static_cast<int64_t>(shape.size())};
+  check(same, name, " must be ", wanted, ", got ", described(tensor));
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 

@@ -1,5 +1,4 @@
 // Operations 1 and 4, the draw and the projected step of all sections, for tensors on the CPU.
-#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -25,8 +24,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_gates(
   const Tensor state = checked("rng_state", rng_state, ScalarType::Long, {3});
   check_probabilities("theta", read<float>(keep), sections);
   check_probabilities("probe_rate", read<float>(rate), sections);
-  check(batch >= 0 && batch <= std::numeric_limits<int32_t>::max() && row_multiple >= 1,
-        "a batch of ", batch, " rows in multiples of ", row_multiple, " cannot be drawn");
+  check(batch >= 0 && batch < kMostRows && row_multiple >= 1, "a batch of ", batch,
+        " rows in multiples of ", row_multiple, " cannot be drawn");
   check(scheme == "systematic" || scheme == "independent", "unknown scheme ", scheme);
 
   const Tensor gates = torch::stable::new_empty(keep, {sections, batch});

@@ -16,7 +16,6 @@ py::dict build_info() {
   info["layerprune"] = LAYERPRUNE_VERSION;
   info["torch"] = LAYERPRUNE_TORCH_VERSION;
   info["torch_oldest"] = LAYERPRUNE_TORCH_OLDEST;
-  info["python"] = PY_VERSION;
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #elif defined(__GNUC__)

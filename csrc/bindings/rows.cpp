@@ -42,12 +42,12 @@ bool dense(const Tensor& tensor, MemoryFormat format, int64_t outer) {
 // otherwise.
 void advise_large_pages(const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
-  if (bytes < (int64_t{4} << 20)) return;
+  if (bytes(tensor) < (int64_t{4} << 20)) return;
   constexpr uintptr_t page = 4096;
   const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
   const uintptr_t first = (begin + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / page * page, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(first), (begin + bytes(tensor) - first) / page * page,
+          MADV_HUGEPAGE);
 #endif
 }
 
@@ -56,13 +56,15 @@ void advise_large_pages(const Tensor& tensor) {
 MemoryFormat row_format(const Tensor& tensor) {
   const int64_t dim = tensor.dim();
   if (!tensor.is_contiguous()) {
-    if (dim == 4 && dense(tensor, MemoryFormat::ChannelsLast, 0)) return MemoryFormat::ChannelsLast;
-    if (dim == 5 && dense(tensor, MemoryFormat::ChannelsLast3d, 0)) {
+    if (dim == 4 && is_dense(tensor, MemoryFormat::ChannelsLast)) return MemoryFormat::ChannelsLast;
+    if (dim == 5 && is_dense(tensor, MemoryFormat::ChannelsLast3d)) {
       return MemoryFormat::ChannelsLast3d;
     }
   }
   return MemoryFormat::Contiguous;
 }
+
+bool is_dense(const Tensor& tensor, MemoryFormat format) { return dense(tensor, format, 0); }
 
 Tensor with_dense_rows(const Tensor& tensor, MemoryFormat format) {
   return dense(tensor, format, 1) ? tensor : torch::stable::contiguous(tensor, format);
@@ -80,6 +82,10 @@ int64_t row_size(const Tensor& tensor) {
   int64_t size = 1;
   for (int64_t d = 1; d < tensor.dim(); ++d) size *= tensor.size(d);
   return size;
+}
+
+int64_t bytes(const Tensor& tensor) {
+  return tensor.numel() * static_cast<int64_t>(tensor.element_size());
 }
 
 RowsIn rows_in(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0)}; }
@@ -105,7 +111,7 @@ ScalarType accumulation_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-bool streams(int64_t bytes_moved, std::initializer_list<const Tensor*> outputs) {
+bool non_temporal(int64_t bytes_moved, std::initializer_list<const Tensor*> outputs) {
   // What a core finds of a usual last-level cache. The size that a system reports is of no use: on
   // a virtual machine it is often that of the whole host.
   constexpr int64_t cache = int64_t{32} << 20;

@@ -10,6 +10,9 @@ namespace layerprune {
 // contiguous.
 torch::headeronly::MemoryFormat row_format(const Tensor& tensor);
 
+// Whether the whole tensor lies densely in memory in this format.
+bool is_dense(const Tensor& tensor, torch::headeronly::MemoryFormat format);
+
 // The tensor where every row of it is dense in this format, else a copy. Its first dimension may
 // have any stride.
 Tensor with_dense_rows(const Tensor& tensor, torch::headeronly::MemoryFormat format);
@@ -19,6 +22,7 @@ Tensor empty_rows(int64_t count, const Tensor& like, ScalarType type,
                   torch::headeronly::MemoryFormat format);
 
 int64_t row_size(const Tensor& tensor);
+int64_t bytes(const Tensor& tensor);
 
 RowsIn rows_in(const Tensor& tensor);
 RowsOut rows_out(const Tensor& tensor);
@@ -30,7 +34,7 @@ ScalarType accumulation_type(const Tensor& tensor);
 
 // Whether stores go past the caches: where an operation moves more than they hold and every row
 // starts on a boundary that such stores need.
-bool streams(int64_t bytes_moved, std::initializer_list<const Tensor*> outputs);
+bool non_temporal(int64_t bytes_moved, std::initializer_list<const Tensor*> outputs);
 
 // Runs `kernel` over all segments of `rows` rows in parallel.
 template <typename Params>

@@ -25,7 +25,7 @@ namespace avx2 {
 #include "kernels.h"
 }  // namespace avx2
 
-const CpuKernels kAvx2Kernels = avx2::kernels();
+constexpr CpuKernels kAvx2Kernels = avx2::kernels();
 }  // namespace layerprune
 
 #ifdef __clang__

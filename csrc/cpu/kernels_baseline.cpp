@@ -9,6 +9,6 @@ namespace baseline {
 #include "kernels.h"
 }  // namespace baseline
 
-const CpuKernels kBaselineKernels = baseline::kernels();
+constexpr CpuKernels kBaselineKernels = baseline::kernels();
 
 }  // namespace layerprune

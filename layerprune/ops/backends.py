@@ -12,11 +12,15 @@ import importlib.util
 import json
 import os
 import re
+import shlex
+import sys
 import sysconfig
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 
@@ -108,20 +112,20 @@ def _remedy() -> str:
     try:
         record = importlib.metadata.distribution("layerprune").read_text("direct_url.json")
         origin = json.loads(record or "{}")
-        editable = origin.get("dir_info", {}).get("editable", False)
         if "dir_info" in origin:
-            source = Path(origin["url"].removeprefix("file://"))
+            source = Path(url2pathname(urlparse(origin["url"]).path))
+            editable = origin["dir_info"].get("editable", False)
     except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
         if (_PACKAGE.parent / "setup.py").exists():
             source, editable = _PACKAGE.parent, True
+    where = ""
     if source is None or not source.exists():
-        what = "--no-binary layerprune layerprune"
+        where, what = "in the folder of layerprune's sources, ", "."
     else:
-        what = f"-e {source}" if editable else str(source)
+        what = ("-e " if editable else "") + shlex.quote(str(source))
+    pip = f"{shlex.quote(sys.executable)} -m pip install --no-build-isolation --no-deps"
     # Told to, the build does not pass over what it lacks, but says it.
-    return (
-        f"LAYERPRUNE_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall {what}"
-    )
+    return f"{where}LAYERPRUNE_BUILD=cpu {pip} --force-reinstall {what}"
 
 
 def _choose_cpu() -> tuple[Backend, ModuleType | None]:

@@ -18,6 +18,8 @@ from layerprune.ops.checks import (
 from layerprune.ops.schema import register
 
 SCHEMES = ("systematic", "independent")
+MOST_ROWS = 1 << 29
+"""A batch has fewer rows: its product with a float32 is then exact in float64."""
 
 # The open interval (0, 1) in float32, as far as a probe's gate may go.
 LEAST_PROBE = 2.0**-25
@@ -97,7 +99,9 @@ def reference(
     # the padding follows in the order of (word 0, row).
     rank = _rank(torch.add(word0, first, alpha=-(1 << 32)), index)
     gates = torch.where(probe, position, (rank < needed.unsqueeze(1)).float())
-    padded = needed.clamp(min=min_rows) + (row_multiple - 1)
+    # More than the batch is the batch; so much more would overflow.
+    row_multiple = max(1, min(row_multiple, batch_size))
+    padded = needed.clamp(min=min(min_rows, batch_size)) + (row_multiple - 1)
     run_count = (padded - padded % row_multiple).clamp_(max=batch_size)
 
     # Entry 0 of a list takes the rows that are not members and is dropped.
@@ -172,7 +176,7 @@ def sample_gates(
 
     Args:
         theta: float32 ``[L]`` in [0, 1], probability of an open gate.
-        batch_size: B >= 0.
+        batch_size: B in [0, 2**29).
         rng_state: int64 ``[3]``: seed, draw number, global row of the batch's first row.
         probe_rate: float32 ``[L]`` in [0, 1], share of probe rows.
         min_rows: Least number of rows that run, 0 or more.
@@ -189,10 +193,10 @@ def sample_gates(
     check_vector("theta", theta, torch.float32)
     check("probe_rate", probe_rate, torch.float32, theta.shape)
     check_device("probe_rate", probe_rate, theta.device)
-    if batch_size < 0 or min_rows < 0 or row_multiple < 1:
+    if not 0 <= batch_size < MOST_ROWS or min_rows < 0 or row_multiple < 1:
         raise ValueError(
-            "batch_size and min_rows must be at least 0 and row_multiple at least 1,"
-            f" got {batch_size}, {min_rows} and {row_multiple}"
+            f"batch_size must lie in [0, {MOST_ROWS}), min_rows be at least 0 and row_multiple at"
+            f" least 1, got {batch_size}, {min_rows} and {row_multiple}"
         )
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")

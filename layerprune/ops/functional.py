@@ -83,7 +83,8 @@ def gated_residual(
 
     Raises:
         ValueError: An argument has a wrong dtype, shape, device or name.
-        RuntimeError: In a second derivative, which is not provided.
+        RuntimeError: In a second derivative, which is not provided. Compiled also where a slot or a
+            row is out of range or stands twice.
     """
     _check_sum(x, branch, activation, form)
     batch = x.shape[:1]
@@ -127,6 +128,7 @@ def take_rows(x: Tensor, rows: Tensor, exclusive: bool = False) -> tuple[Tensor,
 
     Raises:
         ValueError: ``rows`` is not an int64 vector on the device of ``x``.
+        RuntimeError: Compiled, where a row is out of range or stands twice.
     """
     check_vector("rows", rows, torch.int64)
     check_device("rows", rows, x.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from layerprune.ops.checks import check, check_device, check_vector
 from layerprune.ops.schema import register
 
 STATISTICS = 5
@@ -90,8 +91,9 @@ def reference(
         # Those already falling stay in play while they should fall; free places go to the largest
         # excess, of equal ones to the first.
         falling = free & (statistics[0] > 0) & (excess > 0)
-        score = torch.where(falling, excess.double() + in_play * 1e6, -torch.inf)
-        best = score.argsort(descending=True, stable=True)[:max_descending]
+        order = torch.where(falling, excess, -torch.inf).argsort(descending=True, stable=True)
+        playing = (in_play & falling)[order].int()
+        best = order[playing.argsort(descending=True, stable=True)][:max_descending]
         in_play.zero_().index_fill_(0, best, True).logical_and_(falling)
         # Letting the others rise on noise would ratchet useless sections up.
         rising = free & (excess + confidence * standard_error(statistics) < 0)
@@ -150,20 +152,24 @@ def projected_gate_step_(
         max_descending: how many sections may fall at one time; ``None`` for plain projected SGD.
 
     Raises:
-        ValueError: if shapes disagree or a number is out of its range.
+        ValueError: if a dtype, shape or device is wrong or a number is out of its range.
+        RuntimeError: if elements of what is updated share memory.
     """
+    check_vector("theta", theta, torch.float32)
     sections = theta.shape[0]
-    if statistics.shape != (STATISTICS, sections) or penalty.shape != (sections,):
-        raise ValueError(
-            f"statistics must be [{STATISTICS}, {sections}] and penalty [{sections}] for "
-            "theta of shape "
-            f"{tuple(theta.shape)}, got {tuple(statistics.shape)} and {tuple(penalty.shape)}"
-        )
-    if slope.shape != counted.shape or slope.shape[:1] != (sections,) or slope.dim() != 2:
-        raise ValueError(
-            f"slope and counted must both be [{sections}, rows], got {tuple(slope.shape)} and "
-            f"{tuple(counted.shape)}"
-        )
+    if slope.dim() != 2:
+        raise ValueError(f"slope must be [{sections}, rows], got shape {list(slope.shape)}")
+    rows = slope.shape[1]
+    for name, tensor, dtype, shape in (
+        ("statistics", statistics, torch.float32, (STATISTICS, sections)),
+        ("in_play", in_play, torch.bool, (sections,)),
+        ("slope", slope, torch.float32, (sections, rows)),
+        ("counted", counted, torch.bool, (sections, rows)),
+        ("penalty", penalty, torch.float32, (sections,)),
+        ("free", free, torch.bool, (sections,)),
+    ):
+        check(name, tensor, dtype, shape)
+        check_device(name, tensor, theta.device)
     if horizon < 1 or noise_factor < 0 or not 0 < decay <= 1:
         raise ValueError(
             f"horizon must be >= 1, noise_factor >= 0 and decay in (0, 1], got {horizon}, "

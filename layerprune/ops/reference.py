@@ -120,7 +120,9 @@ def gated_residual(
     else:
         if not all_on:
             mix = torch.lerp if lerp else torch.addcmul
-            values = mix(widen(_select(inputs, rows)), widen(values), weights).to(x.dtype)
+            mixed = mix(widen(_select(inputs, rows)), widen(values), weights).to(x.dtype)
+            # torch.lerp is exact at 1 for finite numbers only.
+            values = torch.where(weights == 1, values, mixed) if lerp else mixed
         if rows is None:
             outputs.copy_(values)
         else:

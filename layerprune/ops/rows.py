@@ -21,6 +21,8 @@ def _gather(x: Tensor, rows: Tensor) -> Tensor:
 
 def _scatter_add_(out: Tensor, rows: Tensor, source: Tensor) -> None:
     layout = row_format(out)
+    if not out.is_contiguous(memory_format=layout):
+        raise RuntimeError("layerprune: out must be contiguous or channels_last")
     flat_rows(out, layout).index_add_(0, rows, flat_rows(source, layout))
 
 

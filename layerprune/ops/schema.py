@@ -45,4 +45,29 @@ def register(
         torch.library.register_autograd(
             f"layerprune::{name}", backward, setup_context=setup_context, lib=LIBRARY
         )
-    return getattr(torch.ops.layerprune, name).default
+    operator = getattr(torch.ops.layerprune, name).default
+    _count_updates(operator)
+    return operator
+
+
+def _count_updates(operator: torch._ops.OpOverload) -> None:
+    """Has autograd told of the arguments that the operator writes to.
+
+    PyTorch's own in-place operators count up a tensor's version, by which a backward notices that
+    what it saved has changed. A kernel that writes through a pointer does not.
+    """
+    written = [
+        index
+        for index, argument in enumerate(operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    if not written:
+        return
+
+    def update(keyset: Any, *args: Any) -> Any:
+        for index in written:
+            torch.autograd.graph.increment_version(args[index])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    LIBRARY.impl(operator._opname, update, "ADInplaceOrView", with_keyset=True)

@@ -94,6 +94,22 @@ def test_rows(threads):
     check(run, threads)
 
 
+def test_section(threads):
+    """Gather, branch and sum; the rows' gradient is added in place to the shortcut's."""
+    x, _, gate, slot = case(torch.float32)
+    rows = torch.arange(BATCH)[slot >= 0]
+    slot = torch.where(slot >= 0, (slot >= 0).cumsum(0) - 1, -1).int()
+    grad = randn(BATCH, SIZE, seed=2)
+
+    def run():
+        leaves = [t.detach().requires_grad_() for t in (x, gate)]
+        taken, rest = ops.take_rows(leaves[0], rows, exclusive=True)
+        y = ops.gated_residual(rest, taken.sin(), leaves[1], slot, "relu", gate_grad_rows=rows[::3])
+        return [y, *torch.autograd.grad(y, leaves, grad)]
+
+    check(run, threads)
+
+
 @pytest.mark.parametrize("lerp", [False, True])
 def test_gate_factor(lerp, threads):
     """What a gate multiplies."""

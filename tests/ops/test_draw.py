@@ -186,6 +186,16 @@ def test_padding_changes_no_gate():
         assert count in (16, 24, 30)
 
 
+def test_padding_beyond_the_batch_is_the_batch():
+    """The greatest numbers that fit mean all rows; no row needs none to be padded to a multiple."""
+    most = 2**63 - 1
+    for options in ({"min_rows": most, "row_multiple": 2}, {"row_multiple": most}):
+        drawn = _draw([0.5], 5, _state(), [0.0], **options)
+        assert drawn.counts.tolist() == [[5, 0]]
+    drawn = _draw([0.0], 5, _state(), [0.0], min_rows=0, row_multiple=most)
+    assert drawn.counts.tolist() == [[0, 0]]
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_opcheck(scheme):
     """Schema, fake implementation and dynamic shapes."""
@@ -204,6 +214,7 @@ def test_opcheck(scheme):
         ({"probe_rate": torch.tensor([-0.1, 0.0])}, "probe_rate must lie"),
         ({"probe_rate": torch.zeros(3)}, r"probe_rate must be torch.float32 of shape \[2\]"),
         ({"batch_size": -1}, "batch_size"),
+        ({"batch_size": 2**29}, "batch_size must lie in"),
         ({"rng_state": torch.tensor([1, 2])}, "rng_state must be"),
         ({"rng_state": torch.tensor([1.0, 2.0, 3.0])}, "rng_state must be torch.int64"),
         ({"rng_state": torch.tensor([1, 2, 2**32 - 4])}, "first global row"),

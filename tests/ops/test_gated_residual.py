@@ -180,6 +180,17 @@ def test_exact_at_the_ends(dtype, probed):
     assert torch.equal(ops.gated_residual(x, branch, ones, form="lerp"), branch)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
+def test_the_ends_of_the_interpolation_read_one_side(bad):
+    """At gate 1 the row is the branch, whatever x holds, beside a probe too; at 0 it is x."""
+    x, branch = torch.ones(4, 3), torch.full((4, 3), -3e38)
+    x[:2] = bad
+    gate = torch.tensor([1.0, 0.0, 0.5, 1.0])
+    y = ops.gated_residual(x, branch, gate, form="lerp")
+    assert torch.equal(y[[0, 3]], branch[[0, 3]])
+    torch.testing.assert_close(y[1], x[1], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("form", "activation"), KINDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_closed_gate_does_not_read_the_branch(form, activation, bad):

@@ -117,6 +117,17 @@ def test_what_is_only_passed_on(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_interpolation_at_one(dtype):
+    """An open gate's row is the branch's, bit for bit, whatever x holds; beside a probe too."""
+    every = patterns(dtype)
+    for first in (1.0, 0.5, 0.0):
+        gate = torch.ones(4096)
+        gate[0] = first
+        found = ops.gated_residual(every, every.flip(0), gate, form="lerp")
+        assert torch.equal(found.view(torch.int16)[1:], every.flip(0).view(torch.int16)[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_relu_of_a_closed_gate(dtype):
     """NaN is handed on, in the sum and in what its gradient passes."""
     every = patterns(dtype)
@@ -169,3 +180,22 @@ def test_scattered_sums(dtype):
     want = every.clone()
     want[rows] = halves(every[rows].float() + other.float(), dtype)
     same(found, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("narrow", ["x", "branch"])
+def test_mixed_dtypes_are_promoted(dtype, narrow):
+    """Beside float32, as under autocast: a float32 sum, and each gradient in its input's dtype."""
+    generator = torch.Generator().manual_seed(0)
+    x, branch, grad = (torch.randn(n, 5, generator=generator) for n in (4, 2, 4))
+    x, branch = (x.to(dtype), branch) if narrow == "x" else (x, branch.to(dtype))
+    slot = torch.tensor([1, -1, -1, 0], dtype=torch.int32)
+    leaves = [t.requires_grad_() for t in (x, branch, torch.tensor([0.5, 1.0, 0.0, 1.0]))]
+    y = ops.gated_residual(*leaves, slot)
+    y.backward(grad)
+    full = torch.zeros(4, 5).index_copy(0, torch.tensor([3, 0]), branch.detach().float())
+    weighted = full * leaves[2].detach()[:, None]
+    assert y.dtype == torch.float32 and torch.equal(y, x.float() + weighted)
+    assert [t.grad.dtype for t in leaves] == [x.dtype, branch.dtype, torch.float32]
+    assert torch.equal(x.grad, grad.to(x.dtype))
+    assert torch.equal(branch.grad, torch.stack((grad[3], grad[0] * 0.5)).to(branch.dtype))

@@ -85,12 +85,12 @@ LAYOUTS = {
 NEEDS_CHANNELS = {"transposed", "embedded", "embedded channels_last", "stride 0 over channels"}
 
 
-def cases():
+def cases(shapes=SHAPES):
     """(layout, shape) for all layouts that a shape can have."""
     return [
         pytest.param(name, shape, id=f"{name}-{'x'.join(map(str, shape))}")
         for name in LAYOUTS
-        for shape in SHAPES
+        for shape in shapes
         if len(shape) > 1 or name not in NEEDS_CHANNELS
     ]
 
@@ -132,10 +132,20 @@ def documented_strides(like, shape):
     return torch.empty(shape, memory_format=layout).stride()
 
 
+@pytest.mark.parametrize(("layout", "shape"), cases([(6, 11), (6, 9, 4, 5)]))
+def test_low_precision(layout, shape, gated):
+    """As below, for float16."""
+    check_gated_residual(layout, shape, torch.float16, gated)
+
+
 @pytest.mark.parametrize(("layout", "shape"), cases())
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_gated_residual(layout, shape, dtype, gated):
+def test_gated_residual(layout, shape, gated):
     """Values and gradients, all fresh, whatever the strides of x, branch and incoming gradient."""
+    check_gated_residual(layout, shape, torch.float64, gated)
+
+
+def check_gated_residual(layout, shape, dtype, gated):
+    """All kinds of sum, with and without slots, beside six pairs of further layouts."""
     for i, of_branch, of_grad in others(layout, shape):
         form, activation = KINDS[i % 3]
         count = shape[0] if i % 2 else max(shape[0] - 2, 0)

@@ -230,6 +230,20 @@ def _arguments():
     return run.theta, run.statistics, run.in_play, slope, counted, run.penalty, run.free, *values
 
 
+def test_updates_are_counted():
+    """A backward that saved theta before the step notices that it has changed."""
+    run = Run([0.5, 0.2], **PLAIN)
+    x = torch.ones(4, 3, requires_grad=True)
+    state = torch.tensor([1, 2, 3])
+    y, _ = ops.sampled_gated_residual(x, x * 2, run.theta[0], state, 0)
+    before = [t._version for t in (run.theta, run.statistics, run.in_play)]
+    run.step([[0.1], [0.2]])
+    after = [t._version for t in (run.theta, run.statistics, run.in_play)]
+    assert all(new > old for new, old in zip(after, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_opcheck():
     torch.library.opcheck(torch.ops.layerprune.projected_gate_step_.default, _arguments())
 
@@ -248,8 +262,14 @@ def test_fake():
     [
         ({"statistics": torch.zeros(3, 2)}, "statistics"),
         ({"penalty": torch.ones(3)}, "penalty"),
-        ({"slope": torch.zeros(2, 4)}, "slope and counted"),
+        ({"slope": torch.zeros(2, 4)}, r"counted must be torch.bool of shape \[2, 4\]"),
         ({"slope": torch.zeros(3, 5), "counted": torch.ones(3, 5, dtype=torch.bool)}, "slope"),
+        ({"slope": torch.zeros(10)}, r"slope must be \[2, rows\]"),
+        ({"slope": torch.zeros(2, 5).double()}, "slope must be torch.float32"),
+        ({"free": torch.ones(3, dtype=torch.bool)}, r"free must be torch.bool of shape \[2\]"),
+        ({"in_play": torch.zeros(2)}, "in_play must be torch.bool"),
+        ({"theta": torch.zeros(2).double()}, "theta must be torch.float32"),
+        ({"penalty": torch.ones(2, device="meta")}, "penalty is on meta"),
         ({"horizon": 0.5}, "horizon"),
         ({"noise_factor": -1.0}, "noise_factor"),
         ({"decay": 0.0}, "decay"),

@@ -126,6 +126,25 @@ def test_the_shortcut_gradient_of_others_is_untouched(exclusive):
         assert base.eq(1).all() and broadcast.eq(1).all() and own.eq(1).all()
 
 
+@pytest.mark.parametrize("make", ["strided", "transposed", "every other row"])
+def test_scatter_in_place_is_done_or_refused(make):
+    """A target that is neither contiguous nor channels_last is never left as it was in silence."""
+    out = {
+        "strided": torch.zeros(4, 3, 10)[..., ::2],
+        "transposed": torch.zeros(4, 5, 3).transpose(1, 2),
+        "every other row": torch.zeros(8, 3, 5)[::2],
+    }[make]
+    rows, source = torch.tensor([3, 1]), torch.ones(2, 3, 5)
+    try:
+        torch.ops.layerprune.scatter_add_rows_(out, rows, source)
+        changed = True
+    except RuntimeError:
+        changed = False
+    want = torch.zeros(4, 3, 5)
+    want[rows] = float(changed)
+    assert torch.equal(out, want)
+
+
 def test_take_rows_gradcheck():
     """First and second derivative; with create_graph nothing is done in place."""
     x, rows = _leaf(5, 3), torch.tensor([3, 0])
