@@ -47,7 +47,7 @@ test: $(READY)  ## run the tests; those of the operations on each of their imple
 	LAYERPRUNE_BACKEND=eager $(RUN) -m pytest tests/ops
 
 # From within tests/, the tree's own layerprune does not come before the one that is meant.
-sanitize: $(READY)  ## run the operations' tests on kernels built with AddressSanitizer and UBSan
+sanitize: $(READY)  ## run the operations' tests with AddressSanitizer and UBSan (gcc)
 	rm -rf $(SANITIZED)
 	CFLAGS="-g $(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" LAYERPRUNE_BUILD=cpu $(RUN) -m pip \
 	    install --quiet --no-build-isolation --no-deps --target $(SANITIZED) .
@@ -72,7 +72,7 @@ lint: $(READY)  ## check style and formatting
 	$(RUN) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror \
 	    csrc/*.h csrc/*/*.h csrc/*/*.cpp
 
-clean:  ## remove build products and caches; .venv and runs stay
+clean:  ## remove build folders and caches; runs stay, and .venv with what it runs from
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find layerprune kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
