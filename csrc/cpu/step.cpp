@@ -19,12 +19,15 @@ void compete(const StepParams& p, const float* moved) {
   cpu_kernels().standing(p, excess.data(), bound.data());
 
   // Those in play keep their places while they should fall; free places go to the largest excess.
-  std::vector<int64_t> falling;
+  std::vector<int64_t> falling(n);
+  int64_t many = 0;
   for (int64_t section = 0; section < n; ++section) {
     const bool known = p.statistics[section] > 0.0f;  // any step with evidence
-    if (p.free[section] && known && excess[section] > 0.0f) falling.push_back(section);
+    falling[many] = section;
+    many += p.free[section] & known & (excess[section] > 0.0f);
   }
-  const auto places = std::min<int64_t>(p.max_descending, falling.size());
+  falling.resize(many);
+  const auto places = std::min(p.max_descending, many);
   std::partial_sort(falling.begin(), falling.begin() + places, falling.end(),
                     [&](int64_t a, int64_t b) {
                       if (p.in_play[a] != p.in_play[b]) return p.in_play[a];

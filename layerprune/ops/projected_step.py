@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerprune.ops.checks import check, check_device, check_vector
-from layerprune.ops.schema import register
+from layerprune.ops.schema import call_in_place, register
 
 STATISTICS = 5
 """Rows of ``statistics``: steps, rows, rows under squared weights, mean, sum of squared deviations.
@@ -177,7 +177,9 @@ def projected_gate_step_(
         )
     if max_descending is not None and max_descending < 1:
         raise ValueError(f"max_descending must be at least 1 or None, got {max_descending}")
-    _op(
+    call_in_place(
+        _op,
+        (theta, statistics, in_play),
         theta,
         statistics,
         in_play,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerprune.ops.reference import empty_rows, flat_rows, row_format
-from layerprune.ops.schema import register
+from layerprune.ops.schema import call_in_place, register
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
@@ -105,5 +105,5 @@ class TakeRows(torch.autograd.Function):
             d_rest, ours = d_rows.new_zeros(ctx.shape), True
         if not (ours and _may_overwrite(d_rest)):
             return _scatter_add_rows(d_rest, rows, d_rows), None, None
-        _scatter_add_rows_(d_rest, rows, d_rows)
+        call_in_place(_scatter_add_rows_, (d_rest,), d_rest, rows, d_rows)
         return d_rest, None, None
