@@ -34,7 +34,7 @@ class Case:
         compiled: The same under torch.compile, or None.
         moved: Bytes that this operation has to move: each tensor of it read or written once.
         returned: Tensors of the shapes that it returns, for the copies to clone.
-        tolerance: Of the comparison of results, relative to the largest value.
+        tolerance: Of the comparison of results: mean difference, relative to the mean value.
     """
 
     name: str
