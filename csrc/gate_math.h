@@ -27,6 +27,15 @@ struct Stream {
   uint64_t draw;
 };
 
+// Of rng_state: seed, draw number, global row of the batch's first row.
+LAYERPRUNE_INLINE Stream stream_of(const int64_t* rng_state) {
+  return {static_cast<uint64_t>(rng_state[0]), static_cast<uint64_t>(rng_state[1])};
+}
+
+LAYERPRUNE_INLINE uint32_t first_row_of(const int64_t* rng_state) {
+  return static_cast<uint32_t>(rng_state[2]);
+}
+
 // The four words of one counter or of one result; with a vector type for Word, of several.
 template <typename Word>
 struct PhiloxWords {

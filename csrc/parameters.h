@@ -1,4 +1,5 @@
-// What the bindings hand to the kernels: plain structures and launch prototypes, free of torch.
+// What the bindings hand to the kernels of any device: plain structures, free of torch. Pointers
+// are to memory of that device. The prototypes are in cpu/table.h and cuda/launch.h.
 #pragma once
 
 #include <cstdint>
@@ -9,16 +10,22 @@ namespace layerprune {
 
 enum class ElementType { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
-// Rows of `size` elements, each dense in memory, `stride` elements apart (0 for a broadcast row).
+// `rows` rows of `size` elements, each dense in memory, `stride` elements apart (0 for a broadcast
+// row). The bindings of the CPU have checked every index of a row; the kernels of a GPU, whose
+// indices nobody on the host can look at without waiting, take one out of range for none.
 struct RowsIn {
   const void* data = nullptr;
   int64_t stride = 0;
+  int64_t rows = 0;
 };
 
 struct RowsOut {
   void* data = nullptr;
   int64_t stride = 0;
+  int64_t rows = 0;
 };
+
+LAYERPRUNE_INLINE bool row_exists(int64_t row, int64_t rows) { return row >= 0 && row < rows; }
 
 enum class SumForm { kAdd, kAddRelu, kLerp };
 
@@ -26,7 +33,7 @@ enum class SumForm { kAdd, kAddRelu, kLerp };
 struct ForwardParams {
   ElementType type;
   SumForm form;
-  bool non_temporal;  // whether results are written past the caches
+  bool non_temporal;  // on the CPU: whether results are written past the caches
   int64_t rows;
   int64_t size;
   RowsIn x;
@@ -47,7 +54,7 @@ struct BackwardParams {
   RowsIn grad;
   RowsIn y;  // kAddRelu only
   RowsIn factor;
-  const int64_t* factor_row;  // row of `factor` for each row of grad or -1; null: they correspond
+  const int64_t* factor_row;  // row of `factor` for each row of grad or -1; null: as of the branch
   RowsOut d_x;
   RowsOut d_branch;
   const float* gate;
@@ -88,10 +95,57 @@ struct DifferenceParams {
   const int64_t* x_row;
 };
 
+// inverse[index_i] = i, -1 for the others. The indices are of 32 bits where `narrow` is given, else
+// `wide`; -1 stands for none.
+struct InverseParams {
+  const int32_t* narrow;
+  const int64_t* wide;
+  int64_t count;
+  int64_t size;
+  int64_t* inverse;
+};
+
+// Which row of the branch and which of x make a row of the gates' factor; -1 and -1 for none.
+struct FactorRowsParams {
+  const int64_t* asked;  // rows of x; null: the rows of the branch, in order
+  const int32_t* slot;   // null: the rows correspond
+  const int64_t* owner;  // row of x for each row of the branch or -1; null: they correspond
+  int64_t count;
+  int64_t batch;
+  int64_t branch_rows;
+  int64_t* branch_row;
+  int64_t* x_row;
+};
+
+// One row of them.
+LAYERPRUNE_INLINE void choose_factor_row(const FactorRowsParams& p, int64_t i) {
+  const int64_t row = p.asked != nullptr ? p.asked[i] : p.owner != nullptr ? p.owner[i] : i;
+  const int64_t place = p.asked == nullptr                              ? i
+                        : row_exists(row, p.batch) && p.slot != nullptr ? p.slot[row]
+                                                                        : row;
+  const bool present = row_exists(row, p.batch) && row_exists(place, p.branch_rows);
+  p.branch_row[i] = present ? place : -1;
+  p.x_row[i] = present ? row : -1;
+}
+
+// Zeros in the rows of `out` that have no owner.
+struct ClearParams {
+  int64_t row_bytes;
+  RowsOut out;  // rows without gaps
+  const int64_t* owner;
+};
+
+// The gates' gradient: for each row the sum of its segments' parts.
+struct GateSumParams {
+  int64_t rows;
+  int64_t parts;
+  const double* gate_sums;
+  float* d_gate;
+};
+
 // One draw of the gates of all sections; see layerprune.ops.sample_gates for the outputs.
 struct DrawParams {
-  Stream stream;
-  uint32_t first_row;  // global row of the batch's first
+  const int64_t* rng_state;
   int64_t sections;
   int64_t batch;
   const float* theta;
@@ -104,6 +158,15 @@ struct DrawParams {
   int64_t* rows;
   int64_t* probes;
   int64_t* counts;
+};
+
+// The gates of one section under the independent scheme without probes.
+struct IndependentParams {
+  const int64_t* rng_state;
+  uint32_t section;
+  const float* theta;  // one
+  int64_t rows;
+  float* gates;
 };
 
 // One projected step of all sections; see layerprune.ops.projected_gate_step_.
@@ -125,40 +188,8 @@ struct StepParams {
 // summation.
 constexpr int64_t kSegment = 8192;
 
-static constexpr int64_t segments(int64_t size) { return (size + kSegment - 1) / kSegment; }
-
-// The kernels of one instruction set. Those on rows take a range of the rows * segments(size)
-// units.
-struct CpuKernels {
-  void (*forward)(const ForwardParams&, int64_t begin, int64_t end);
-  void (*backward)(const BackwardParams&, int64_t begin, int64_t end);
-  void (*gather)(const GatherParams&, int64_t begin, int64_t end);
-  void (*scatter_add)(const ScatterAddParams&, int64_t begin, int64_t end);
-  void (*difference)(const DifferenceParams&, int64_t begin, int64_t end);
-  // Words of rows first_row, ..., first_row + count - 1, one array for each word.
-  void (*row_words)(Stream stream, uint32_t section, uint32_t first_row, int64_t count,
-                    uint32_t* const words[4]);
-  // taken[i] = whether words[i] is among the `least` smallest of those that are not excluded, of
-  // equal ones the first. `eligible` are not excluded, at least `least`; the words of the others
-  // are 0xFFFFFFFF. The words are random: the search assumes that they are spread evenly, its
-  // result does not.
-  void (*mark_least)(const uint32_t* words, const uint8_t* excluded, int64_t count,
-                     int64_t eligible, int64_t least, uint8_t* taken);
-  // The statistics of some sections under this step's evidence, and where theta would move.
-  void (*step)(const StepParams&, float* moved, int64_t begin, int64_t end);
-  // What the competition asks of every section: its excess and the bound of it.
-  void (*standing)(const StepParams&, float* excess, float* bound);
-};
-
-extern const CpuKernels kBaselineKernels;
-extern const CpuKernels kAvx2Kernels;
-
-// The best set that this processor runs.
-const CpuKernels& cpu_kernels();
-
-void draw_sections(const DrawParams& params, int64_t begin, int64_t end);
-
-// The end of a step, when every section's evidence is in: who is in play, and what moves.
-void compete(const StepParams& params, const float* moved);
+LAYERPRUNE_HOST_DEVICE static constexpr int64_t segments(int64_t size) {
+  return (size + kSegment - 1) / kSegment;
+}
 
 }  // namespace layerprune

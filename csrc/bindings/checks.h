@@ -70,21 +70,27 @@ inline std::ostream& operator<<(std::ostream& out, const Described& tensor) {
   return out << ']';
 }
 
-// The tensor, contiguous, if dtype and shape are as they must be.
-inline Tensor checked(const char* name, const Tensor& tensor, ScalarType type,
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
+  check(tensor.device() == like.device(), name, " must be on the device of the other tensors");
+}
+
+// The tensor, contiguous, if it is on the device of `like` and dtype and shape are as they must be.
+inline Tensor checked(const char* name, const Tensor& tensor, const Tensor& like, ScalarType type,
                       std::initializer_list<int64_t> shape) {
   bool same = tensor.scalar_type() == type && tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
   for (const int64_t size : shape) same = same && tensor.size(d++) == size;
   const Described wanted{type, shape.begin(), static_cast<int64_t>(shape.size())};
   check(same, name, " must be ", wanted, ", got ", described(tensor));
+  check_device(name, tensor, like);
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 inline std::optional<Tensor> checked(const char* name, const std::optional<Tensor>& tensor,
-                                     ScalarType type, std::initializer_list<int64_t> shape) {
+                                     const Tensor& like, ScalarType type,
+                                     std::initializer_list<int64_t> shape) {
   if (!tensor) return std::nullopt;
-  return checked(name, *tensor, type, shape);
+  return checked(name, *tensor, like, type, shape);
 }
 
 // Pointers to the data of a tensor whose dtype was checked.

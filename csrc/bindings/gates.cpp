@@ -1,67 +1,17 @@
-// Operations 1 and 4, the draw and the projected step of all sections, for tensors on the CPU.
-#include <tuple>
-#include <vector>
-
-#include "../parameters.h"
-#include "checks.h"
+// Operations 1 and 4, the draw and the projected step of all sections.
+#include "device.h"
+#include "operators.h"
 
 namespace layerprune {
 namespace {
-
-void check_probabilities(const char* name, const float* values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    check(values[i] >= 0.0f && values[i] <= 1.0f, name, "[", i, "] is ", values[i],
-          ", not in [0, 1]");
-  }
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_gates(
-    const Tensor& theta, int64_t batch, const Tensor& rng_state, const Tensor& probe_rate,
-    int64_t min_rows, int64_t row_multiple, const std::string& scheme) {
-  const int64_t sections = theta.numel();
-  const Tensor keep = checked("theta", theta, ScalarType::Float, {sections});
-  const Tensor rate = checked("probe_rate", probe_rate, ScalarType::Float, {sections});
-  const Tensor state = checked("rng_state", rng_state, ScalarType::Long, {3});
-  check_probabilities("theta", read<float>(keep), sections);
-  check_probabilities("probe_rate", read<float>(rate), sections);
-  check(batch >= 0 && batch < kMostRows && row_multiple >= 1, "a batch of ", batch,
-        " rows in multiples of ", row_multiple, " cannot be drawn");
-  check(scheme == "systematic" || scheme == "independent", "unknown scheme ", scheme);
-
-  const Tensor gates = torch::stable::new_empty(keep, {sections, batch});
-  const Tensor slots = torch::stable::new_empty(keep, {sections, batch}, ScalarType::Int);
-  const Tensor rows = torch::stable::new_empty(keep, {sections, batch}, ScalarType::Long);
-  const Tensor probes = torch::stable::new_empty(keep, {sections, batch}, ScalarType::Long);
-  const Tensor counts = torch::stable::new_empty(keep, {sections, 2}, ScalarType::Long);
-
-  const int64_t* values = read<int64_t>(state);
-  DrawParams p{};
-  p.stream = {static_cast<uint64_t>(values[0]), static_cast<uint64_t>(values[1])};
-  p.first_row = static_cast<uint32_t>(values[2]);
-  p.sections = sections;
-  p.batch = batch;
-  p.theta = read<float>(keep);
-  p.probe_rate = read<float>(rate);
-  p.min_rows = min_rows;
-  p.row_multiple = row_multiple;
-  p.systematic = scheme == "systematic";
-  p.gates = write<float>(gates);
-  p.slots = write<int32_t>(slots);
-  p.rows = write<int64_t>(rows);
-  p.probes = write<int64_t>(probes);
-  p.counts = write<int64_t>(counts);
-  const int64_t grain = 1 + 4096 / (batch + 1);  // sections worth a thread
-  torch::stable::parallel_for(0, sections, grain,
-                              [&](int64_t begin, int64_t end) { draw_sections(p, begin, end); });
-  return {gates, slots, rows, probes, counts};
-}
 
 // A tensor that is written to: itself where it is contiguous, else a copy that `finish` copies
 // back.
 class Updated {
  public:
-  Updated(const char* name, Tensor tensor, ScalarType type, std::initializer_list<int64_t> shape)
-      : original_(tensor), dense_(checked(name, tensor, type, shape)) {
+  Updated(const char* name, Tensor tensor, const Tensor& like, ScalarType type,
+          std::initializer_list<int64_t> shape)
+      : original_(tensor), dense_(checked(name, tensor, like, type, shape)) {
     for (int64_t d = 0; d < tensor.dim(); ++d) {
       check(tensor.size(d) <= 1 || tensor.stride(d) != 0, name,
             " is updated in place, but several of its elements share one place in memory");
@@ -80,19 +30,58 @@ class Updated {
   Tensor dense_;
 };
 
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_gates(
+    const Tensor& theta, int64_t batch, const Tensor& rng_state, const Tensor& probe_rate,
+    int64_t min_rows, int64_t row_multiple, const std::string& scheme) {
+  const int64_t sections = theta.numel();
+  const Tensor keep = checked("theta", theta, theta, ScalarType::Float, {sections});
+  const Tensor rate = checked("probe_rate", probe_rate, theta, ScalarType::Float, {sections});
+  const Tensor state = checked("rng_state", rng_state, theta, ScalarType::Long, {3});
+  check_probabilities("theta", keep);
+  check_probabilities("probe_rate", rate);
+  check(batch >= 0 && batch < kMostRows && row_multiple >= 1, "a batch of ", batch,
+        " rows in multiples of ", row_multiple, " cannot be drawn");
+  check(scheme == "systematic" || scheme == "independent", "unknown scheme ", scheme);
+
+  const Tensor gates = torch::stable::new_empty(keep, {sections, batch});
+  const Tensor slots = torch::stable::new_empty(keep, {sections, batch}, ScalarType::Int);
+  const Tensor rows = torch::stable::new_empty(keep, {sections, batch}, ScalarType::Long);
+  const Tensor probes = torch::stable::new_empty(keep, {sections, batch}, ScalarType::Long);
+  const Tensor counts = torch::stable::new_empty(keep, {sections, 2}, ScalarType::Long);
+
+  DrawParams p{};
+  p.rng_state = read<int64_t>(state);
+  p.sections = sections;
+  p.batch = batch;
+  p.theta = read<float>(keep);
+  p.probe_rate = read<float>(rate);
+  p.min_rows = min_rows;
+  p.row_multiple = row_multiple;
+  p.systematic = scheme == "systematic";
+  p.gates = write<float>(gates);
+  p.slots = write<int32_t>(slots);
+  p.rows = write<int64_t>(rows);
+  p.probes = write<int64_t>(probes);
+  p.counts = write<int64_t>(counts);
+  run(p, theta.get_device_index());
+  return {gates, slots, rows, probes, counts};
+}
+
 void projected_gate_step_(Tensor theta, Tensor statistics, Tensor in_play, const Tensor& slope,
                           const Tensor& counted, const Tensor& penalty, const Tensor& free,
                           double horizon, double noise_factor, double decay, double confidence,
                           int64_t max_descending) {
   const int64_t sections = theta.numel();
   const int64_t rows = slope.dim() == 2 ? slope.size(1) : -1;
-  Updated moved_theta("theta", theta, ScalarType::Float, {sections});
-  Updated sums("statistics", statistics, ScalarType::Float, {5, sections});
-  Updated playing("in_play", in_play, ScalarType::Bool, {sections});
-  const Tensor slopes = checked("slope", slope, ScalarType::Float, {sections, rows});
-  const Tensor evidence = checked("counted", counted, ScalarType::Bool, {sections, rows});
-  const Tensor penalties = checked("penalty", penalty, ScalarType::Float, {sections});
-  const Tensor movable = checked("free", free, ScalarType::Bool, {sections});
+  Updated moved_theta("theta", theta, theta, ScalarType::Float, {sections});
+  Updated sums("statistics", statistics, theta, ScalarType::Float, {5, sections});
+  Updated playing("in_play", in_play, theta, ScalarType::Bool, {sections});
+  const Tensor slopes = checked("slope", slope, theta, ScalarType::Float, {sections, rows});
+  const Tensor evidence = checked("counted", counted, theta, ScalarType::Bool, {sections, rows});
+  const Tensor penalties = checked("penalty", penalty, theta, ScalarType::Float, {sections});
+  const Tensor movable = checked("free", free, theta, ScalarType::Bool, {sections});
 
   StepParams p{};
   p.sections = sections;
@@ -108,22 +97,11 @@ void projected_gate_step_(Tensor theta, Tensor statistics, Tensor in_play, const
   p.statistics = sums.data<float>();
   p.in_play = playing.data<bool>();
 
-  std::vector<float> moved(sections);
-  const int64_t grain = 1 + 32768 / (rows + 32);  // sections worth a thread
-  torch::stable::parallel_for(0, sections, grain, [&](int64_t begin, int64_t end) {
-    cpu_kernels().step(p, moved.data(), begin, end);
-  });
-  compete(p, moved.data());
+  const Tensor scratch = torch::stable::new_empty(slopes, {step_scratch(sections)});
+  run(p, write<float>(scratch), theta.get_device_index());
   moved_theta.finish();
   sums.finish();
   playing.finish();
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(layerprune, CPU, m) {
-  m.impl("sample_gates", TORCH_BOX(&sample_gates));
-  m.impl("projected_gate_step_", TORCH_BOX(&projected_gate_step_));
 }
 
 }  // namespace layerprune

@@ -1,5 +1,7 @@
 #include "indices.h"
 
+#include "device.h"
+
 namespace layerprune {
 
 void check_rows_like(const char* name, const Tensor& rows, const Tensor& like) {
@@ -9,31 +11,31 @@ void check_rows_like(const char* name, const Tensor& rows, const Tensor& like) {
     check(rows.size(d) == like.size(d), name, " (", described(rows),
           ") does not have rows like those of ", described(like));
   }
+  check_device(name, rows, like);
 }
 
-void check_distinct_rows(const char* name, const int64_t* rows, int64_t count, int64_t batch) {
-  std::vector<bool> seen(batch);
-  for (int64_t i = 0; i < count; ++i) {
-    check(rows[i] >= 0 && rows[i] < batch, name, "[", i, "] is ", rows[i],
-          ", but there are rows 0 to ", batch - 1);
-    check(!seen[rows[i]], name, " has row ", rows[i], " twice");
-    seen[rows[i]] = true;
-  }
+Tensor inverse(const Tensor& index, int64_t size) {
+  const Tensor result = torch::stable::new_empty(index, {size}, ScalarType::Long);
+  const bool narrow = index.scalar_type() == ScalarType::Int;
+  InverseParams p{};
+  p.narrow = narrow ? read<int32_t>(index) : nullptr;
+  p.wide = narrow ? nullptr : read<int64_t>(index);
+  p.count = index.numel();
+  p.size = size;
+  p.inverse = write<int64_t>(result);
+  run(p, index.get_device_index());
+  return result;
 }
 
-std::vector<int64_t> owners(const int32_t* slot, int64_t batch, int64_t branch_rows) {
-  check(slot != nullptr || branch_rows == batch, "without slot the branch must have ", batch,
+void check_slots(const std::optional<Tensor>& slot, int64_t batch, int64_t branch_rows) {
+  check(slot.has_value() || branch_rows == batch, "without slot the branch must have ", batch,
         " rows, not ", branch_rows);
-  std::vector<int64_t> owner(branch_rows, -1);
-  for (int64_t row = 0; row < batch; ++row) {
-    const int64_t place = slot == nullptr ? row : slot[row];
-    check(place >= -1 && place < branch_rows, "slot[", row, "] is ", place,
-          ", but the branch has rows 0 to ", branch_rows - 1);
-    if (place < 0) continue;
-    check(owner[place] < 0, "slot has ", place, " twice, for rows ", owner[place], " and ", row);
-    owner[place] = row;
-  }
-  return owner;
+  if (slot) check_distinct_slots(*slot, branch_rows);
+}
+
+std::optional<Tensor> owners(const std::optional<Tensor>& slot, int64_t branch_rows) {
+  if (!slot) return std::nullopt;
+  return inverse(*slot, branch_rows);
 }
 
 }  // namespace layerprune

@@ -1,20 +1,21 @@
-// Checks of slots and lists of rows, which the kernels follow without looking.
+// Slots and lists of rows.
 #pragma once
-
-#include <vector>
 
 #include "checks.h"
 
 namespace layerprune {
 
-// Fails unless `rows` has the dtype and, but for their number, the rows of `like`.
+// Fails unless `rows` has the device, the dtype and, but for their number, the rows of `like`.
 void check_rows_like(const char* name, const Tensor& rows, const Tensor& like);
 
-// Fails unless each row is one of `batch` and none stands twice.
-void check_distinct_rows(const char* name, const int64_t* rows, int64_t count, int64_t batch);
+// int64 [size]: the place of a number in `index`, int32 or int64, or -1.
+Tensor inverse(const Tensor& index, int64_t size);
 
-// For each row of the branch the row that reads it, or -1. Fails where a slot is no row of the
-// branch or stands twice. Null for `slot`: the rows correspond.
-std::vector<int64_t> owners(const int32_t* slot, int64_t batch, int64_t branch_rows);
+// Fails unless every slot, an int32 tensor's, is -1 or one of the rows of the branch, none twice;
+// without slots the rows must correspond.
+void check_slots(const std::optional<Tensor>& slot, int64_t batch, int64_t branch_rows);
+
+// For each row of the branch the row that reads it, or -1. None where the rows correspond.
+std::optional<Tensor> owners(const std::optional<Tensor>& slot, int64_t branch_rows);
 
 }  // namespace layerprune

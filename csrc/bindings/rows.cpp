@@ -3,9 +3,7 @@
 #include <array>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "device.h"
 
 namespace layerprune {
 
@@ -37,20 +35,6 @@ bool dense(const Tensor& tensor, MemoryFormat format, int64_t outer) {
   return true;
 }
 
-// Fresh memory costs a page fault for every page, often more than the operation itself: ask for
-// large pages, as NumPy does for its arrays. Without effect where the system has set them
-// otherwise.
-void advise_large_pages(const Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes(tensor) < (int64_t{4} << 20)) return;
-  constexpr uintptr_t page = 4096;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(first), (begin + bytes(tensor) - first) / page * page,
-          MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 MemoryFormat row_format(const Tensor& tensor) {
@@ -73,8 +57,9 @@ Tensor with_dense_rows(const Tensor& tensor, MemoryFormat format) {
 Tensor empty_rows(int64_t count, const Tensor& like, ScalarType type, MemoryFormat format) {
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   sizes[0] = count;
-  Tensor rows = torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt, format);
-  advise_large_pages(rows);
+  Tensor rows =
+      torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt, format);
+  prepare(rows);
   return rows;
 }
 
@@ -88,8 +73,12 @@ int64_t bytes(const Tensor& tensor) {
   return tensor.numel() * static_cast<int64_t>(tensor.element_size());
 }
 
-RowsIn rows_in(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0)}; }
-RowsOut rows_out(const Tensor& tensor) { return {tensor.mutable_data_ptr(), row_size(tensor)}; }
+RowsIn rows_in(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.size(0)};
+}
+RowsOut rows_out(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), row_size(tensor), tensor.size(0)};
+}
 
 ElementType element_type(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -109,20 +98,6 @@ ElementType element_type(const Tensor& tensor) {
 
 ScalarType accumulation_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-bool non_temporal(int64_t bytes_moved, std::initializer_list<const Tensor*> outputs) {
-  // What a core finds of a usual last-level cache. The size that a system reports is of no use: on
-  // a virtual machine it is often that of the whole host.
-  constexpr int64_t cache = int64_t{32} << 20;
-  if (bytes_moved < cache) return false;
-  constexpr int64_t boundary = 32;
-  for (const Tensor* output : outputs) {
-    const int64_t row_bytes = row_size(*output) * static_cast<int64_t>(output->element_size());
-    const auto address = reinterpret_cast<uintptr_t>(output->const_data_ptr());
-    if (row_bytes % boundary != 0 || address % boundary != 0) return false;
-  }
-  return true;
 }
 
 }  // namespace layerprune

@@ -32,19 +32,4 @@ ElementType element_type(const Tensor& tensor);
 // float64 for float64, else float32.
 ScalarType accumulation_type(const Tensor& tensor);
 
-// Whether stores go past the caches: where an operation moves more than they hold and every row
-// starts on a boundary that such stores need.
-bool non_temporal(int64_t bytes_moved, std::initializer_list<const Tensor*> outputs);
-
-// Runs `kernel` over all segments of `rows` rows in parallel.
-template <typename Params>
-void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& params) {
-  constexpr int64_t grain = 32768;  // elements worth a thread
-  if (params.rows == 0 || params.size == 0) return;
-  const int64_t per_unit = params.size < kSegment ? params.size : kSegment;
-  torch::stable::parallel_for(0, params.rows * segments(params.size),
-                              (grain + per_unit - 1) / per_unit,
-                              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
-}
-
 }  // namespace layerprune

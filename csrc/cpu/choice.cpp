@@ -1,6 +1,6 @@
 #include "choice.h"
 
-#include "../parameters.h"
+#include "table.h"
 
 namespace layerprune {
 

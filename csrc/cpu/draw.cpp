@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../parameters.h"
+#include "table.h"
 
 namespace layerprune {
 namespace {
@@ -36,7 +36,8 @@ int64_t exclude(const std::vector<uint8_t>& flag, uint32_t* word0) {
 // Probes, then open rows, then padding: what runs, and the gates of all but the probes.
 void choose_systematic(const DrawParams& p, int64_t section, Scratch& s, float* gates) {
   const auto mark_least = cpu_kernels().mark_least;
-  const Words reserved = row_words(p.stream, static_cast<uint32_t>(section), kReservedRow);
+  const Words reserved =
+      row_words(stream_of(p.rng_state), static_cast<uint32_t>(section), kReservedRow);
   const SystematicCounts counts = systematic_counts(p.theta[section], p.probe_rate[section],
                                                     p.batch, reserved, p.min_rows, p.row_multiple);
   mark_least(s.word[1], s.nobody.data(), p.batch, p.batch, counts.probes, s.probe.data());
@@ -94,7 +95,8 @@ int64_t list_rows(const std::vector<uint8_t>& flag, int64_t* rows) {
 void draw_sections(const DrawParams& p, int64_t begin, int64_t end) {
   Scratch s(p.batch);
   for (int64_t section = begin; section < end; ++section) {
-    cpu_kernels().row_words(p.stream, static_cast<uint32_t>(section), p.first_row, p.batch, s.word);
+    cpu_kernels().row_words(stream_of(p.rng_state), static_cast<uint32_t>(section),
+                            first_row_of(p.rng_state), p.batch, s.word);
     const int64_t first = section * p.batch;
     float* gates = p.gates + first;
     int64_t* counts = p.counts + 2 * section;

@@ -1,5 +1,5 @@
 // The kernels of `CpuKernels`. Included inside a namespace of each instruction set, after the
-// system's headers and parameters.h; nothing here may be a function that the linker merges with
+// system's headers and table.h; nothing here may be a function that the linker merges with
 // another's copy.
 
 #include "lanes.h"

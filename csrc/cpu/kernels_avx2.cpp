@@ -18,7 +18,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "../parameters.h"
+#include "table.h"
 
 namespace layerprune {
 namespace avx2 {

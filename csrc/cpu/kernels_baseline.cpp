@@ -2,7 +2,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../parameters.h"
+#include "table.h"
 
 namespace layerprune {
 namespace baseline {

@@ -130,9 +130,9 @@ static void backward(const BackwardParams& p, int64_t begin, int64_t end) {
     const int64_t slot = p.slot == nullptr ? row : p.slot[row];
     const A gate = p.gate[row];
     T* d_branch = slot < 0 ? nullptr : at<T>(p.d_branch, slot, offset);
-    const int64_t factor_row = p.factor.data == nullptr  ? -1
-                               : p.factor_row == nullptr ? row
-                                                         : p.factor_row[row];
+    const int64_t factor_row = p.factor.data == nullptr              ? -1
+                               : p.factor_row == nullptr || slot < 0 ? slot
+                                                                     : p.factor_row[row];
     const Factor* factor = factor_row < 0 ? nullptr : at<Factor>(p.factor, factor_row, offset);
 
     double gate_sum = 0.0;

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../parameters.h"
+#include "table.h"
 
 namespace layerprune {
 

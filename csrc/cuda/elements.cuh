@@ -1,0 +1,100 @@
+// Elements in the accumulation type, and 16 bytes of them at a time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../parameters.h"
+
+namespace layerprune {
+namespace cuda {
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+template <typename T>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulated = typename Accumulation<T>::type;
+
+__device__ inline double widen(double value) { return value; }
+__device__ inline float widen(float value) { return value; }
+__device__ inline float widen(Half value) { return __half2float(value); }
+__device__ inline float widen(BFloat16 value) { return __bfloat162float(value); }
+
+__device__ inline void narrow(double value, double* to) { *to = value; }
+__device__ inline void narrow(float value, float* to) { *to = value; }
+__device__ inline void narrow(float value, Half* to) { *to = __float2half_rn(value); }
+__device__ inline void narrow(float value, BFloat16* to) { *to = __float2bfloat16_rn(value); }
+
+// A comparison with NaN is false: NaN passes.
+template <typename T>
+__device__ inline T relu(T value) {
+  T zero;
+  narrow(0, &zero);
+  return widen(value) < 0 ? zero : value;
+}
+template <typename T>
+__device__ inline T zero_unless_positive(T value, T y) {
+  T zero;
+  narrow(0, &zero);
+  return widen(y) <= 0 ? zero : value;
+}
+
+// As many elements of any type as fill 16 bytes of type T: what a thread works on at a time.
+template <typename T>
+constexpr int kChunk = 16 / sizeof(T);
+
+template <typename T, int n>
+struct Chunk {
+  T v[n];
+};
+
+// `left` elements from p on are in the row; others are not read. Where `aligned`, p is on a 16-byte
+// boundary and all n are in the row.
+template <bool aligned, int n, typename T>
+__device__ inline Chunk<T, n> load(const T* __restrict__ p, int64_t left) {
+  Chunk<T, n> chunk;
+  if constexpr (aligned) {
+    constexpr int parts = n * sizeof(T) / sizeof(uint4);
+    uint4 words[parts];
+#pragma unroll
+    for (int i = 0; i < parts; ++i) words[i] = reinterpret_cast<const uint4*>(p)[i];
+    memcpy(&chunk, words, sizeof chunk);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      narrow(0, &chunk.v[i]);
+      if (i < left) chunk.v[i] = p[i];
+    }
+  }
+  return chunk;
+}
+
+template <bool aligned, int n, typename T>
+__device__ inline void store(T* __restrict__ p, const Chunk<T, n>& chunk, int64_t left) {
+  if constexpr (aligned) {
+    constexpr int parts = n * sizeof(T) / sizeof(uint4);
+    uint4 words[parts];
+    memcpy(words, &chunk, sizeof chunk);
+#pragma unroll
+    for (int i = 0; i < parts; ++i) reinterpret_cast<uint4*>(p)[i] = words[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (i < left) p[i] = chunk.v[i];
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace layerprune
