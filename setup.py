@@ -1,11 +1,14 @@
 """What pyproject.toml cannot say: where `layerprune.kernels` comes from, and the compiled part.
 
 LAYERPRUNE_BUILD says what is compiled:
-  auto  (default) the CPU kernels where torch and a C++ compiler are there; nothing, otherwise: the
-        package then installs all the same, and `layerprune info` says what is missing
+  auto  (default) the CPU kernels where torch and a C++ compiler are there, and the CUDA kernels
+        where besides nvcc and a torch with CUDA are (no GPU is needed); what cannot be built is
+        left out: the package installs all the same, and `layerprune info` says what is missing
   cpu   the CPU kernels, or the build fails
+  cuda  the CPU and the CUDA kernels, or the build fails
   none  nothing
-MAX_JOBS bounds how many files are compiled at a time; CXX and CFLAGS are honoured.
+MAX_JOBS bounds how many files are compiled at a time; CXX, CFLAGS and TORCH_CUDA_ARCH_LIST are
+honoured.
 """
 
 import json
@@ -13,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import setuptools
@@ -28,6 +32,10 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'= "(.+)"', (ROOT / "layerprune" / "_version.py").read_text())[1]
 TORCH_OLDEST = (2, 10)  # the oldest torch that has all of the stable ABI that csrc/ uses
+# What the CUDA kernels are compiled for, as far as nvcc knows it; a newer GPU compiles the last
+# one's PTX for itself.
+CUDA_ARCHITECTURES = (80, 90, 100)
+SHARED = [f"csrc/bindings/{n}.cpp" for n in ("gates", "gather", "indices", "residual", "rows")]
 CHOICES = ("auto", "cpu", "cuda", "none")
 CHOICE = os.environ.get("LAYERPRUNE_BUILD", "auto")
 
@@ -36,11 +44,6 @@ def obstacle() -> str | None:
     """Why nothing can be compiled here, or None."""
     if CHOICE not in CHOICES:
         raise SystemExit(f"LAYERPRUNE_BUILD must be one of {', '.join(CHOICES)}, got {CHOICE!r}")
-    if CHOICE == "cuda":
-        raise SystemExit(
-            "LAYERPRUNE_BUILD=cuda: this version has no CUDA kernels yet. Use auto or cpu; the"
-            " eager reference serves CUDA tensors"
-        )
     if CHOICE == "none":
         return "LAYERPRUNE_BUILD=none left the compiled part out"
     try:
@@ -57,28 +60,93 @@ def obstacle() -> str | None:
     return None
 
 
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels cannot be compiled where the others can, or None."""
+    if CHOICE == "cpu":
+        return "LAYERPRUNE_BUILD=cpu left the CUDA kernels out"
+    import torch
+    from torch.utils import cpp_extension
+
+    if torch.version.cuda is None:
+        return f"the build had torch {torch.__version__}, which is without CUDA"
+    home = cuda_home()
+    if home is None:
+        return "the build found no nvcc with CUDA's headers (CUDA_HOME says where they are)"
+    cpp_extension.CUDA_HOME = str(home)
+    found = re.search(r"release (\d+)\.", run_nvcc("--version"))
+    if found is None or found[1] != torch.version.cuda.split(".")[0]:
+        ours = "an unknown version" if found is None else f"CUDA {found[1]}"
+        return f"nvcc is of {ours} and torch of CUDA {torch.version.cuda}"
+    return None
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: torch's guess, or where the nvcc on the path says that it is."""
+    from torch.utils import cpp_extension
+
+    guesses = [] if cpp_extension.CUDA_HOME is None else [Path(cpp_extension.CUDA_HOME)]
+    if "CUDA_HOME" not in os.environ and (found := shutil.which("nvcc")) is not None:
+        # A link or a script in a common folder leads torch astray.
+        command = [found, "--dryrun", "-E", "-x", "cu", os.devnull]
+        told = subprocess.run(command, capture_output=True, text=True).stderr
+        guesses += [Path(top).resolve() for top in re.findall(r"TOP=(.+)", told)]
+    needed = ("bin/nvcc", "include/cuda_runtime_api.h")
+    complete = (home for home in guesses if all((home / file).exists() for file in needed))
+    return next(complete, None)
+
+
+def run_nvcc(option: str) -> str:
+    from torch.utils import cpp_extension
+
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    return subprocess.run([nvcc, option], capture_output=True, text=True).stdout
+
+
+def architecture_flags() -> list[str]:
+    """What to compile for; nothing where torch reads TORCH_CUDA_ARCH_LIST itself."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []
+    known = run_nvcc("--list-gpu-code").split()
+    chosen = [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known]
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
+    newest = chosen[-1]
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def cuda_library(flags: list[str], headers: list[str]) -> setuptools.Extension:
+    """The CUDA kernels as a library of their own: it needs CUDA's where it is loaded."""
+    from torch.utils import cpp_extension
+
+    device_flags = ["-O3", "-Xcompiler=-fvisibility=hidden", *architecture_flags()]
+    return cpp_extension.CUDAExtension(
+        "layerprune._cuda",
+        [*sorted(map(str, Path("csrc/cuda").glob("*.cu"))), *SHARED, "csrc/bindings/cuda.cpp"],
+        depends=headers,
+        extra_compile_args={"cxx": flags, "nvcc": device_flags},
+        py_limited_api=True,
+    )
+
+
 def extensions() -> list[setuptools.Extension]:
-    """The CPU kernels as a library on torch's stable ABI, and the Python module beside it."""
+    """The kernels as libraries on torch's stable ABI, and the Python module beside them."""
     import torch
     from torch.utils import cpp_extension
 
     # ninja's own choice is more than the cores, and more than a small machine has memory for.
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 
-    headers = sorted(map(str, Path("csrc").rglob("*.h")))
+    headers = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
     # Without errno and traps, which nobody asks for, more loops become vectors; no value changes.
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     if "-g" not in os.environ.get("CFLAGS", "").split():
         flags.append("-g0")  # Python's own flags ask for symbols, which fill most of a library
     oldest = "0x{:02x}{:02x}000000000000".format(*TORCH_OLDEST)
+    stable = [*flags, f"-DTORCH_TARGET_VERSION={oldest}"]
     library = cpp_extension.CppExtension(
         "layerprune._cpu",
-        [
-            *sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
-            *(f"csrc/bindings/{n}.cpp" for n in ("gates", "gather", "indices", "residual", "rows")),
-        ],
+        [*sorted(map(str, Path("csrc/cpu").glob("*.cpp"))), *SHARED, "csrc/bindings/cpu.cpp"],
         depends=headers,
-        extra_compile_args=[*flags, f"-DTORCH_TARGET_VERSION={oldest}"],
+        extra_compile_args=stable,
         py_limited_api=True,  # it has no Python in it: one file for all versions
     )
     try:
@@ -101,32 +169,43 @@ def extensions() -> list[setuptools.Extension]:
         extra_compile_args=flags,
         language="c++",
     )
-    for extension in (library, module):
+    built = [library, module]
+    if CUDA_OBSTACLE is None:
+        built.append(cuda_library(stable, headers))  # the last: the others do without it
+    for extension in built:
         extension.optional = CHOICE == "auto"
-    return [library, module]
+    return built
 
 
-def record(folder: Path, reason: str | None) -> None:
+def record(folder: Path, reason: str | None, cuda_reason: str | None) -> None:
     """Leaves word for `layerprune info` of why there is no compiled part, and no earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.json").write_text(json.dumps({"obstacle": reason}) + "\n")
-    if reason is not None:
-        for library in (*folder.glob("_C.*"), *folder.glob("_cpu.*")):
+    reasons = {"obstacle": reason, "cuda_obstacle": cuda_reason}
+    (folder / "build.json").write_text(json.dumps(reasons) + "\n")
+    unwanted = ["_C.*", "_cpu.*"] if reason is not None else []
+    unwanted += ["_cuda.*"] if cuda_reason is not None else []
+    for pattern in unwanted:
+        for library in folder.glob(pattern):
             library.unlink()
 
 
 OBSTACLE = obstacle()
+CUDA_OBSTACLE = OBSTACLE or cuda_obstacle()
 if OBSTACLE is not None:
-    if CHOICE == "cpu":
-        raise SystemExit(f"LAYERPRUNE_BUILD=cpu: {OBSTACLE}")
+    if CHOICE in ("cpu", "cuda"):
+        raise SystemExit(f"LAYERPRUNE_BUILD={CHOICE}: {OBSTACLE}")
     print(f"layerprune: no compiled part, {OBSTACLE}")
+elif CUDA_OBSTACLE is not None:
+    if CHOICE == "cuda":
+        raise SystemExit(f"LAYERPRUNE_BUILD=cuda: {CUDA_OBSTACLE}")
+    print(f"layerprune: no CUDA kernels, {CUDA_OBSTACLE}")
 
 
 class BuildPy(build_py):
     def run(self):
         super().run()
         folder = ROOT if self.editable_mode else Path(self.build_lib)
-        record(folder / "layerprune", OBSTACLE)
+        record(folder / "layerprune", OBSTACLE, CUDA_OBSTACLE)
 
 
 COMMANDS = {"build_py": BuildPy}
@@ -136,8 +215,9 @@ if OBSTACLE is None:
     class BuildExt(BuildExtension):
         def run(self):
             folder = ROOT if self.inplace else Path(self.build_lib)
-            built = [Path(self.build_lib, self.get_ext_filename(e.name)) for e in self.extensions]
-            for path in built:
+            files = {e.name: self.get_ext_filename(e.name) for e in self.extensions}
+            built = {name: Path(self.build_lib, file) for name, file in files.items()}
+            for path in built.values():
                 path.unlink(missing_ok=True)
             # setuptools and ninja fail with one class of error each, and an optional extension is
             # passed over: what counts is whether the files are there.
@@ -147,8 +227,17 @@ if OBSTACLE is None:
                 if CHOICE != "auto":
                     raise
                 print(f"layerprune: compiling failed: {error}")
-            if not all(path.exists() for path in built):
-                record(folder / "layerprune", "compiling failed in the build")
+            missing = {name for name, path in built.items() if not path.exists()}
+            failed = "compiling failed in the build"
+            if missing:
+                ours = missing - {"layerprune._cuda"}
+                record(folder / "layerprune", failed if ours else None, failed)
+
+        def build_extension(self, extension):
+            # The libraries have sources in common, compiled with other options in each.
+            common, self.build_temp = self.build_temp, str(Path(self.build_temp, extension.name))
+            super().build_extension(extension)
+            self.build_temp = common
 
     COMMANDS["build_ext"] = BuildExt
 

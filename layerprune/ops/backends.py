@@ -1,7 +1,7 @@
 """Which backend serves which device, and why not a faster one.
 
 The operators of the library ``layerprune`` have an eager reference for every device. The compiled
-part, once loaded, takes precedence for tensors on the CPU: the dispatcher chooses for each call.
+part, once loaded, takes precedence for tensors on its device: the dispatcher chooses for each call.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class _Misfit(Exception):
     """What was compiled is for something else."""
 
 
-def _obstacle() -> str:
-    """Why the build compiled nothing."""
+def _obstacle(part: str = "obstacle") -> str:
+    """Why the build compiled nothing, or with "cuda_obstacle" nothing for CUDA."""
     try:
-        reason = json.loads((_PACKAGE / "build.json").read_text())["obstacle"]
+        reason = json.loads((_PACKAGE / "build.json").read_text())[part]
     except (OSError, ValueError, KeyError):
         reason = None
     return reason or "it was not built here"
@@ -106,8 +106,8 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
-def _remedy() -> str:
-    """The command that installs this package again, compiled."""
+def _remedy(device: str = "cpu") -> str:
+    """The command that installs this package again, compiled for the device."""
     source, editable = None, False
     try:
         record = importlib.metadata.distribution("layerprune").read_text("direct_url.json")
@@ -125,7 +125,7 @@ def _remedy() -> str:
         what = ("-e " if editable else "") + shlex.quote(str(source))
     pip = f"{shlex.quote(sys.executable)} -m pip install --no-build-isolation --no-deps"
     # Told to, the build does not pass over what it lacks, but says it.
-    return f"{where}LAYERPRUNE_BUILD=cpu {pip} --force-reinstall {what}"
+    return f"{where}LAYERPRUNE_BUILD={device} {pip} --force-reinstall {what}"
 
 
 def _choose_cpu() -> tuple[Backend, ModuleType | None]:
@@ -152,7 +152,39 @@ def _choose_cpu() -> tuple[Backend, ModuleType | None]:
     return Backend("compiled", detail), module
 
 
+def _load_cuda() -> None:
+    """Loads the compiled CUDA kernels, which were built with the CPU's."""
+    libraries = sorted(_PACKAGE.glob("_cuda.*"))
+    if not libraries:
+        raise _Missing(_obstacle("cuda_obstacle"))
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        raise _Misfit(
+            f"{libraries[0].name} does not load into torch {torch.__version__}: {error}"
+        ) from None
+
+
+def _choose_cuda() -> Backend:
+    """Which backend serves CUDA: the compiled one where it is there, and a GPU to run it."""
+    if native is None:
+        return Backend("eager", _CPU.detail, _CPU.remedy and _remedy("cuda"))
+    if not torch.cuda.is_available():
+        return Backend("eager", "there is no GPU that torch can use")
+    try:
+        _load_cuda()
+    except (_Missing, _Misfit) as error:
+        backend = Backend("eager", f"the CUDA kernels are not in use, {error}", _remedy("cuda"))
+        if isinstance(error, _Misfit):
+            warnings.warn(f"layerprune runs {backend} for CUDA", RuntimeWarning, stacklevel=2)
+        return backend
+    info = native.build_info()
+    detail = f"built with torch {info['torch']} for torch {info['torch_oldest']} and newer"
+    return Backend("compiled", f"CUDA kernels, {detail}")
+
+
 _CPU, native = _choose_cpu()
+_CUDA = _choose_cuda()
 
 
 def backends() -> dict[str, Backend]:
@@ -162,4 +194,4 @@ def backends() -> dict[str, Backend]:
         ``{"cpu": Backend, "cuda": Backend}``; a printed `Backend` says what it is, and where a
         faster one could be had, why it is not in use and the command that brings it.
     """
-    return {"cpu": _CPU, "cuda": Backend("eager", "this version has no CUDA kernels")}
+    return {"cpu": _CPU, "cuda": _CUDA}
