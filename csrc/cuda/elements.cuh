@@ -86,8 +86,9 @@ __device__ inline void store(T* __restrict__ p, const Chunk<T, n>& chunk, int64_
     constexpr int parts = n * sizeof(T) / sizeof(uint4);
     uint4 words[parts];
     memcpy(words, &chunk, sizeof chunk);
+    // As a plain assignment, the compiler would write the elements one by one.
 #pragma unroll
-    for (int i = 0; i < parts; ++i) reinterpret_cast<uint4*>(p)[i] = words[i];
+    for (int i = 0; i < parts; ++i) __stwb(reinterpret_cast<uint4*>(p) + i, words[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) {

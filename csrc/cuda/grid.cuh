@@ -61,6 +61,8 @@ __device__ inline void for_segments(int64_t rows, int64_t size, Work work) {
 template <int chunk, typename Work>
 __device__ inline void for_chunks(int64_t count, Work work) {
   const int step = static_cast<int>(blockDim.x) * chunk;
+  // Not unrolled: many threads hide the memory's delay, as long as each has few registers.
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x) * chunk; i < count; i += step) work(i);
 }
 
