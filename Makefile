@@ -70,7 +70,7 @@ lint: $(READY)  ## check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror \
-	    csrc/*.h csrc/*/*.h csrc/*/*.cpp
+	    csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh
 
 clean:  ## remove build folders and caches; runs stay, and .venv with what it runs from
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache

@@ -3,6 +3,7 @@
 import email
 import importlib.machinery
 import importlib.metadata
+import json
 import os
 import shlex
 import shutil
@@ -25,6 +26,8 @@ COMPILED = {
     "layerprune/_cpu.abi3.so",
     "layerprune/build.json",
 }
+CUDA = "layerprune/_cuda.abi3.so"
+BUILDS_CUDA = shutil.which("nvcc") is not None and torch.version.cuda is not None
 BUILD_WHEEL = "from setuptools import build_meta; build_meta.build_wheel({!r})"
 WITHOUT = """
 import sys
@@ -121,7 +124,8 @@ print(layerprune.backends()["cpu"])
 
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_the_compiled_part(site: Path) -> None:
-    assert {n for n in files(site) if ".dist-info/" not in n} == sources() | COMPILED
+    compiled = COMPILED | ({CUDA} if BUILDS_CUDA else set())
+    assert {n for n in files(site) if ".dist-info/" not in n} == sources() | compiled
     where = python("-c", "import layerprune.kernels as k; print(k.__file__)", cwd=site)
     assert Path(where.strip()) == site / "layerprune" / "kernels" / "__init__.py"
 
@@ -236,7 +240,11 @@ def test_installs_without_the_compiled_part(
     [
         ({"LAYERPRUNE_BUILD": "cpu", "CXX": "/absent/c++"}, "found no C++ compiler (/absent/c++)"),
         ({"LAYERPRUNE_BUILD": "cpu", "CXX": "false"}, "Error"),
-        ({"LAYERPRUNE_BUILD": "cuda"}, "this version has no CUDA kernels yet. Use auto or cpu"),
+        (
+            {"LAYERPRUNE_BUILD": "cuda", "CUDA_HOME": "/absent"},
+            "LAYERPRUNE_BUILD=cuda: the build found no nvcc with CUDA's headers",
+        ),
+        ({"LAYERPRUNE_BUILD": "cuda", "CXX": "/absent/c++"}, "found no C++ compiler (/absent/c++)"),
         ({"LAYERPRUNE_BUILD": "gpu"}, "must be one of auto, cpu, cuda, none, got 'gpu'"),
     ],
 )
@@ -246,6 +254,37 @@ def test_a_build_that_was_asked_for_fails_with_the_reason(
     build = BUILD_WHEEL.format(str(tmp_path))
     assert message in python("-c", build, cwd=tree, fails=True, **environment)
 
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BUILDS_CUDA, reason="needs nvcc and a torch with CUDA")
+def test_without_cuda_in_the_build_the_rest_is_there(tree: Path, tmp_path: Path) -> None:
+    """Nothing but the reason is missing, and a failing compiler for CUDA spoils nothing else."""
+    copy = shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build"))
+    for number, environment in enumerate(({"LAYERPRUNE_BUILD": "cpu"}, {"NVCC_APPEND_FLAGS": "?"})):
+        wheels = tmp_path / str(number)
+        python("-c", BUILD_WHEEL.format(str(wheels)), cwd=copy, **environment)
+        site = unpacked(wheels, tmp_path / f"site{number}")
+        assert {n for n in files(site) if ".dist-info/" not in n} == sources() | COMPILED
+        reasons = json.loads((site / "layerprune" / "build.json").read_text())
+        assert reasons["obstacle"] is None and reasons["cuda_obstacle"] is not None
+        shutil.rmtree(copy / "build")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BUILDS_CUDA, reason="needs nvcc and a torch with CUDA")
+def test_the_cuda_library_registers_its_kernels(site: Path) -> None:
+    """Without a GPU it is not loaded by itself, but it can be."""
+    output = python("-c", REGISTERED, cwd=site)
+    assert output.splitlines() == ["True"]
+
+
+REGISTERED = """
+import torch, layerprune
+torch.ops.load_library("layerprune/_cuda.abi3.so")
+registered = torch._C._dispatch_get_registrations_for_dispatch_key
+print({n for n in registered("CPU") if n.startswith("layerprune::")}
+      == {n for n in registered("CUDA") if n.startswith("layerprune::")} != set())
+"""
 
 MISFITS = {
     "torch": (

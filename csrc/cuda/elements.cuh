@@ -80,15 +80,21 @@ __device__ inline Chunk<T, n> load(const T* __restrict__ p, int64_t left) {
   return chunk;
 }
 
+// As a plain assignment, the compiler would at times write the elements one by one.
+__device__ inline void store_words(uint4* p, uint4 words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 template <bool aligned, int n, typename T>
 __device__ inline void store(T* __restrict__ p, const Chunk<T, n>& chunk, int64_t left) {
   if constexpr (aligned) {
     constexpr int parts = n * sizeof(T) / sizeof(uint4);
     uint4 words[parts];
     memcpy(words, &chunk, sizeof chunk);
-    // As a plain assignment, the compiler would write the elements one by one.
 #pragma unroll
-    for (int i = 0; i < parts; ++i) __stwb(reinterpret_cast<uint4*>(p) + i, words[i]);
+    for (int i = 0; i < parts; ++i) store_words(reinterpret_cast<uint4*>(p) + i, words[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
