@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads) choose_factor_rows(FactorRowsParams 
 }  // namespace
 
 cudaError_t launch(const InverseParams& p, cudaStream_t stream) {
+  if (p.size == 0) return cudaSuccess;
   // All bits set is -1.
   const cudaError_t cleared = cudaMemsetAsync(p.inverse, 0xFF, p.size * sizeof(int64_t), stream);
   if (cleared != cudaSuccess || p.count == 0) return cleared;
