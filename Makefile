@@ -38,7 +38,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "With 'PYTHON=python3 VENV=' they run in the active Python and install nothing."
 
-demo: $(READY)  ## train and prune on images of digits, a few minutes; writes runs/demo
+demo: $(READY)  ## train and prune on images of digits, a minute or two; writes runs/demo
 	$(RUN) -m layerprune demo --output runs/demo
 
 test: $(READY)  ## run the tests; those of the operations on each of their implementations

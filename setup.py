@@ -29,7 +29,9 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'= "(.+)"', (ROOT / "layerprune" / "_version.py").read_text())[1]
 TORCH_OLDEST = (2, 10)  # the oldest torch that has all of the stable ABI that csrc/ uses
 CHOICES = ("auto", "cpu", "cuda", "none")
-CHOICE = os.environ.get("LAYERPRUNE_BUILD", "auto")
+CHOICE = os.environ.get("LAYERPRUNE_BUILD") or "auto"
+if not os.environ.get("CXX", "c++").strip():
+    del os.environ["CXX"]  # empty is unset
 
 
 def obstacle() -> str | None:

@@ -1,19 +1,14 @@
 // Operations 1 and 4, the draw and the projected step of all sections, for tensors on the CPU.
+#include <algorithm>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../parameters.h"
-#include "checks.h"
+#include "indices.h"
 
 namespace layerprune {
 namespace {
-
-void check_probabilities(const char* name, const float* values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    check(values[i] >= 0.0f && values[i] <= 1.0f, name, "[", i, "] is ", values[i],
-          ", not in [0, 1]");
-  }
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_gates(
     const Tensor& theta, int64_t batch, const Tensor& rng_state, const Tensor& probe_rate,
@@ -35,6 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_gates(
   const Tensor counts = torch::stable::new_empty(keep, {sections, 2}, ScalarType::Long);
 
   const int64_t* values = read<int64_t>(state);
+  check_first_row(values[2], batch);
   DrawParams p{};
   p.stream = {static_cast<uint64_t>(values[0]), static_cast<uint64_t>(values[1])};
   p.first_row = static_cast<uint32_t>(values[2]);
@@ -62,9 +58,15 @@ class Updated {
  public:
   Updated(const char* name, Tensor tensor, ScalarType type, std::initializer_list<int64_t> shape)
       : original_(tensor), dense_(checked(name, tensor, type, shape)) {
+    std::vector<std::pair<int64_t, int64_t>> steps;  // stride and size, from the innermost outwards
     for (int64_t d = 0; d < tensor.dim(); ++d) {
-      check(tensor.size(d) <= 1 || tensor.stride(d) != 0, name,
-            " is updated in place, but several of its elements share one place in memory");
+      if (tensor.size(d) > 1) steps.emplace_back(tensor.stride(d), tensor.size(d));
+    }
+    std::sort(steps.begin(), steps.end());
+    int64_t last = 0;  // the farthest element of the inner dimensions
+    for (const auto& [stride, size] : steps) {
+      check(stride > last, name, " is updated in place, but elements of it share memory");
+      last += stride * (size - 1);
     }
   }
   template <typename T>
@@ -85,7 +87,8 @@ void projected_gate_step_(Tensor theta, Tensor statistics, Tensor in_play, const
                           double horizon, double noise_factor, double decay, double confidence,
                           int64_t max_descending) {
   const int64_t sections = theta.numel();
-  const int64_t rows = slope.dim() == 2 ? slope.size(1) : -1;
+  check(slope.dim() == 2, "slope must have two dimensions, got ", described(slope));
+  const int64_t rows = slope.size(1);
   Updated moved_theta("theta", theta, ScalarType::Float, {sections});
   Updated sums("statistics", statistics, ScalarType::Float, {5, sections});
   Updated playing("in_play", in_play, ScalarType::Bool, {sections});
@@ -93,6 +96,19 @@ void projected_gate_step_(Tensor theta, Tensor statistics, Tensor in_play, const
   const Tensor evidence = checked("counted", counted, ScalarType::Bool, {sections, rows});
   const Tensor penalties = checked("penalty", penalty, ScalarType::Float, {sections});
   const Tensor movable = checked("free", free, ScalarType::Bool, {sections});
+  const std::pair<const char*, const Tensor&> arguments[] = {
+      {"theta", theta},     {"statistics", statistics}, {"in_play", in_play}, {"slope", slope},
+      {"counted", counted}, {"penalty", penalty},       {"free", free}};
+  for (int written = 0; written < 3; ++written) {
+    for (int other = written + 1; other < 7; ++other) {
+      check_apart(arguments[written].first, arguments[written].second, arguments[other].first,
+                  arguments[other].second);
+    }
+  }
+  const float* needed = read<float>(penalties);
+  for (int64_t section = 0; section < sections; ++section) {
+    check(needed[section] > 0.0f, "penalty[", section, "] is ", needed[section], ", not positive");
+  }
 
   StepParams p{};
   p.sections = sections;

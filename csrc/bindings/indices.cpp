@@ -1,6 +1,21 @@
 #include "indices.h"
 
+#include "../gate_math.h"
+
 namespace layerprune {
+
+void check_probabilities(const char* name, const float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    check(values[i] >= 0.0f && values[i] <= 1.0f, name, "[", i, "] is ", values[i],
+          ", not in [0, 1]");
+  }
+}
+
+void check_first_row(int64_t first_row, int64_t batch) {
+  check(first_row >= 0 && first_row <= int64_t{kReservedRow} - batch, "rng_state[2], the batch's ",
+        "first global row, is ", first_row, "; the batch's rows must lie in [0, ", kReservedRow,
+        ")");
+}
 
 void check_rows_like(const char* name, const Tensor& rows, const Tensor& like) {
   check(rows.scalar_type() == like.scalar_type() && rows.dim() == like.dim(), name, " (",
@@ -14,8 +29,8 @@ void check_rows_like(const char* name, const Tensor& rows, const Tensor& like) {
 void check_distinct_rows(const char* name, const int64_t* rows, int64_t count, int64_t batch) {
   std::vector<bool> seen(batch);
   for (int64_t i = 0; i < count; ++i) {
-    check(rows[i] >= 0 && rows[i] < batch, name, "[", i, "] is ", rows[i],
-          ", but there are rows 0 to ", batch - 1);
+    check(rows[i] >= 0 && rows[i] < batch, name, "[", i, "] is ", rows[i], ", but there are ",
+          batch, " rows");
     check(!seen[rows[i]], name, " has row ", rows[i], " twice");
     seen[rows[i]] = true;
   }
@@ -28,7 +43,7 @@ std::vector<int64_t> owners(const int32_t* slot, int64_t batch, int64_t branch_r
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t place = slot == nullptr ? row : slot[row];
     check(place >= -1 && place < branch_rows, "slot[", row, "] is ", place,
-          ", but the branch has rows 0 to ", branch_rows - 1);
+          ", neither -1 nor one of the branch's ", branch_rows, " rows");
     if (place < 0) continue;
     check(owner[place] < 0, "slot has ", place, " twice, for rows ", owner[place], " and ", row);
     owner[place] = row;

@@ -1,4 +1,4 @@
-// Checks of slots and lists of rows, which the kernels follow without looking.
+// Checks of values that the kernels follow without looking: slots, lists of rows, probabilities.
 #pragma once
 
 #include <vector>
@@ -6,6 +6,11 @@
 #include "checks.h"
 
 namespace layerprune {
+
+void check_probabilities(const char* name, const float* values, int64_t count);
+
+// Fails unless the batch's global rows leave the reserved row free.
+void check_first_row(int64_t first_row, int64_t batch);
 
 // Fails unless `rows` has the dtype and, but for their number, the rows of `like`.
 void check_rows_like(const char* name, const Tensor& rows, const Tensor& like);

@@ -142,8 +142,10 @@ Gradients backward(const Tensor& grad, const std::optional<Tensor>& y, const Ten
 Tensor independent_gates(const Tensor& theta, const Tensor& rng_state, int64_t section,
                          int64_t batch) {
   const float keep = *read<float>(checked("theta", theta, ScalarType::Float, {}));
+  check_probabilities("theta", &keep, 1);
   const Tensor state = checked("rng_state", rng_state, ScalarType::Long, {3});
   const int64_t* values = read<int64_t>(state);
+  check_first_row(values[2], batch);
   const Stream stream{static_cast<uint64_t>(values[0]), static_cast<uint64_t>(values[1])};
   const Tensor gates = torch::stable::new_empty(theta, {batch});
   std::vector<uint32_t> words(4 * batch);

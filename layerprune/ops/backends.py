@@ -94,7 +94,7 @@ def _load() -> ModuleType:
         raise _Misfit(f"{built}, this is torch {torch.__version__}")
     libraries = sorted(_PACKAGE.glob("_cpu.*"))
     if not libraries:
-        raise _Missing(_obstacle())
+        raise _Misfit(f"{file.name} is there without the library _cpu that belongs to it")
     try:
         torch.ops.load_library(libraries[0])
     except OSError:
@@ -108,29 +108,27 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _remedy() -> str:
     """The command that installs this package again, compiled."""
-    source, editable = None, False
-    try:
-        record = importlib.metadata.distribution("layerprune").read_text("direct_url.json")
-        origin = json.loads(record or "{}")
-        if "dir_info" in origin:
-            source = Path(url2pathname(urlparse(origin["url"]).path))
-            editable = origin["dir_info"].get("editable", False)
-    except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
-        if (_PACKAGE.parent / "setup.py").exists():
-            source, editable = _PACKAGE.parent, True
-    where = ""
-    if source is None or not source.exists():
-        where, what = "in the folder of layerprune's sources, ", "."
+    source, editable = "path/to/layerprune", False
+    if (_PACKAGE.parent / "setup.py").exists():  # imported from its sources, installed or not
+        source, editable = str(_PACKAGE.parent), True
     else:
-        what = ("-e " if editable else "") + shlex.quote(str(source))
+        try:
+            record = importlib.metadata.distribution("layerprune").read_text("direct_url.json")
+            origin = json.loads(record or "{}")
+            folder = Path(url2pathname(urlparse(origin["url"]).path))
+            if "dir_info" in origin and folder.exists():
+                source = str(folder)
+        except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+            pass
+    what = ("-e " if editable else "") + shlex.quote(source)
     pip = f"{shlex.quote(sys.executable)} -m pip install --no-build-isolation --no-deps"
     # Told to, the build does not pass over what it lacks, but says it.
-    return f"{where}LAYERPRUNE_BUILD=cpu {pip} --force-reinstall {what}"
+    return f"LAYERPRUNE_BUILD=cpu {pip} --force-reinstall {what}"
 
 
 def _choose_cpu() -> tuple[Backend, ModuleType | None]:
     """Which backend serves the CPU, and the compiled module if it is in use."""
-    wish = os.environ.get(VARIABLE, "auto")
+    wish = os.environ.get(VARIABLE) or "auto"
     if wish not in ("auto", "eager", "compiled"):
         raise ImportError(f"{VARIABLE} must be auto, eager or compiled, got {wish!r}")
     if wish == "eager":
