@@ -1,7 +1,8 @@
 """Which backend serves which device, and why not a faster one.
 
 The operators of the library ``layerprune`` have an eager reference for every device. The compiled
-part, once loaded, takes precedence for tensors on the CPU: the dispatcher chooses for each call.
+part, once loaded, takes precedence for tensors on the CPU, the Triton kernels for those on a CUDA
+device: the dispatcher chooses for each call.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Backend:
     """What runs the operations on one device.
 
     Attributes:
-        name: "compiled" or "eager".
+        name: "compiled", "triton" or "eager".
         detail: What was compiled and how, or why eager PyTorch serves.
         remedy: The command that brings the compiled part, where it could be had.
     """
@@ -150,7 +151,24 @@ def _choose_cpu() -> tuple[Backend, ModuleType | None]:
     return Backend("compiled", detail), module
 
 
+def _choose_cuda() -> Backend:
+    """Which backend serves CUDA devices."""
+    if os.environ.get(VARIABLE) == "eager":
+        return Backend("eager", f"{VARIABLE}=eager")
+    if not torch.cuda.is_available():
+        return Backend("eager", "there is no CUDA device")
+    if importlib.util.find_spec("layerprune.kernels") is None:
+        return Backend("eager", "this is a source tree that is not installed", _remedy())
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        command = f"{shlex.quote(sys.executable)} -m pip install triton"
+        return Backend("eager", "Triton is not installed", command)
+    return Backend("triton", f"kernels by Triton {version}")
+
+
 _CPU, native = _choose_cpu()
+_CUDA = _choose_cuda()
 
 
 def backends() -> dict[str, Backend]:
@@ -160,4 +178,4 @@ def backends() -> dict[str, Backend]:
         ``{"cpu": Backend, "cuda": Backend}``; a printed `Backend` says what it is, and where a
         faster one could be had, why it is not in use and the command that brings it.
     """
-    return {"cpu": _CPU, "cuda": Backend("eager", "this version has no CUDA kernels")}
+    return {"cpu": _CPU, "cuda": _CUDA}
