@@ -113,36 +113,34 @@ def _backward_kernel(
     GRADED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, offsets, inside = _position(size, BLOCK)
-    if row >= rows:  # the programs after those of the rows: rows of the branch that nobody reads
-        free = row - rows
-        alone = tl.load(owner + free) < 0
-        nothing = tl.zeros([BLOCK], d_branch.dtype.element_ty)
-        tl.store(d_branch + free * size + offsets, nothing, mask=inside & alone)
-    else:
-        weight, place = _gate_and_slot(
-            gate, slot, theta, rng_state, section, row, branch_rows, SAMPLED, SLOTTED
-        )
-        has = place >= 0
-        runs = has & (weight != 0)
-        g = tl.load(grad + row * grad_stride + offsets, mask=inside, other=0)
-        passed = _wide(g)
-        weight = weight.to(passed.dtype)
-        if RELU:
-            out = tl.load(y + row * y_stride + offsets, mask=inside, other=0)
-            passed = tl.where(_wide(out) <= 0, 0, passed)
-        to_x = tl.where(runs, passed * (1 - weight), passed) if LERP else passed
-        tl.store(d_x + row * size + offsets, _rounded(to_x, g.dtype), mask=inside)
-        to_branch = tl.where(runs, passed * weight, 0)
-        to_branch = _rounded(to_branch, g.dtype)
-        tl.store(d_branch + place * size + offsets, to_branch, mask=inside & has)
-        if GRADED:
-            source = tl.load(factor_row + row) if factor_row is not None else place
-            source = tl.where(has & (source < factor_rows), source, -1)
-            f = tl.load(
-                factor + source * factor_stride + offsets, mask=inside & (source >= 0), other=0
-            )
-            product = tl.where(source >= 0, passed * _wide(f), 0)
-            tl.store(parts + tl.program_id(0), tl.sum(product))
+    if SLOTTED:
+        if row >= rows:  # the programs after those of the rows: what nobody reads of the branch
+            unread = tl.load(owner + row - rows) < 0
+            nothing = tl.zeros([BLOCK], d_branch.dtype.element_ty)
+            tl.store(d_branch + (row - rows) * size + offsets, nothing, mask=inside & unread)
+            return
+    weight, place = _gate_and_slot(
+        gate, slot, theta, rng_state, section, row, branch_rows, SAMPLED, SLOTTED
+    )
+    has = place >= 0
+    runs = has & (weight != 0)
+    g = tl.load(grad + row * grad_stride + offsets, mask=inside, other=0)
+    passed = _wide(g)
+    weight = weight.to(passed.dtype)
+    if RELU:
+        out = tl.load(y + row * y_stride + offsets, mask=inside, other=0)
+        passed = tl.where(_wide(out) <= 0, 0, passed)
+    to_x = tl.where(runs, passed * (1 - weight), passed) if LERP else passed
+    tl.store(d_x + row * size + offsets, _rounded(to_x, g.dtype), mask=inside)
+    to_branch = tl.where(runs, passed * weight, 0)
+    to_branch = _rounded(to_branch, g.dtype)
+    tl.store(d_branch + place * size + offsets, to_branch, mask=inside & has)
+    if GRADED:
+        source = tl.load(factor_row + row) if factor_row is not None else place
+        source = tl.where(has & (source < factor_rows), source, -1)
+        f = tl.load(factor + source * factor_stride + offsets, mask=inside & (source >= 0), other=0)
+        product = tl.where(source >= 0, passed * _wide(f), 0)
+        tl.store(parts + tl.program_id(0), tl.sum(product))
 
 
 @triton.autotune(_CONFIGS, key=["size_class"])
