@@ -44,8 +44,7 @@ demo: $(READY)  ## train and prune on images of digits, a minute or two; writes 
 test: $(READY)  ## run the tests; those of the operations on each of their implementations
 	$(RUN) -m pytest
 	ATEN_CPU_CAPABILITY=default $(RUN) -m pytest tests/ops -k $(NO_INDUCTOR)
-	LAYERPRUNE_BACKEND=eager $(RUN) -m pytest tests/ops
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels
+	TRITON_INTERPRET=1 LAYERPRUNE_BACKEND=eager $(RUN) -m pytest tests/ops tests/kernels
 
 # From within tests/, the tree's own layerprune does not come before the one that is meant.
 sanitize: $(READY)  ## run the operations' tests with AddressSanitizer and UBSan (gcc)
