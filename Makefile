@@ -38,13 +38,13 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "With 'PYTHON=python3 VENV=' they run in the active Python and install nothing."
 
-demo: $(READY)  ## train and prune on images of digits, a few minutes; writes runs/demo
+demo: $(READY)  ## train and prune on images of digits, a minute or two; writes runs/demo
 	$(RUN) -m layerprune demo --output runs/demo
 
 test: $(READY)  ## run the tests; those of the operations on each of their implementations
 	$(RUN) -m pytest
 	ATEN_CPU_CAPABILITY=default $(RUN) -m pytest tests/ops -k $(NO_INDUCTOR)
-	LAYERPRUNE_BACKEND=eager $(RUN) -m pytest tests/ops
+	TRITON_INTERPRET=1 LAYERPRUNE_BACKEND=eager $(RUN) -m pytest tests/ops tests/kernels
 
 # From within tests/, the tree's own layerprune does not come before the one that is meant.
 sanitize: $(READY)  ## run the operations' tests with AddressSanitizer and UBSan (gcc)

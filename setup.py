@@ -37,7 +37,9 @@ TORCH_OLDEST = (2, 10)  # the oldest torch that has all of the stable ABI that c
 CUDA_ARCHITECTURES = (80, 90, 100)
 SHARED = [f"csrc/bindings/{n}.cpp" for n in ("gates", "gather", "indices", "residual", "rows")]
 CHOICES = ("auto", "cpu", "cuda", "none")
-CHOICE = os.environ.get("LAYERPRUNE_BUILD", "auto")
+CHOICE = os.environ.get("LAYERPRUNE_BUILD") or "auto"
+if not os.environ.get("CXX", "c++").strip():
+    del os.environ["CXX"]  # empty is unset
 
 
 def obstacle() -> str | None:

@@ -1,5 +1,26 @@
 """Triton kernels of the operations, installed as ``layerprune.kernels``.
 
-None is written yet: `layerprune.ops` runs its eager reference on CUDA devices. This package imports
-without Triton.
+They serve CUDA devices where the compiled CUDA part does not, with the same draws bit for bit.
+``OPERATORS`` has a function for every operator of the library, with its arguments. Importing this
+package imports Triton.
 """
+
+from __future__ import annotations
+
+from layerprune.kernels import gates, rows
+
+OPERATORS = {
+    function.__name__: function
+    for function in (
+        gates.projected_gate_step_,
+        gates.sample_gates,
+        rows.gate_factor,
+        rows.gated_residual,
+        rows.gated_residual_backward,
+        rows.gather_rows,
+        rows.sampled_gated_residual,
+        rows.sampled_gated_residual_backward,
+        rows.scatter_add_rows,
+        rows.scatter_add_rows_,
+    )
+}

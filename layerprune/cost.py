@@ -138,7 +138,7 @@ def relative_costs(
             raise ValueError(f"cost gives no value for section {missing[0]!r}")
         return torch.tensor([float(cost[name]) for name in names])
     measures = {"flops": flops, "params": params, "uniform": [1.0] * len(names)}
-    if cost not in measures:
+    if not isinstance(cost, str) or cost not in measures:
         raise ValueError(
             f'cost must be "flops", "params", "uniform" or a mapping by section name, got {cost!r}'
         )

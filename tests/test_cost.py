@@ -124,6 +124,7 @@ def test_penalties_are_in_proportion_to_the_cost(cost, expected):
         ({"0": 1.0}, "no value for section '1'"),
         ({"0": 1.0, "1": 0.0}, "above 0"),
         ({"0": 1.0, "1": float("nan")}, "above 0"),
+        ([1.0, 2.0], "a mapping by section name"),
     ],
 )
 def test_costs_that_are_refused(cost, message):

@@ -84,11 +84,25 @@ void check_probabilities(const char* name, const Tensor& values) {
   }
 }
 
+void check_positive(const char* name, const Tensor& values) {
+  const float* value = read<float>(values);
+  for (int64_t i = 0; i < values.numel(); ++i) {
+    check(value[i] > 0.0f, name, "[", i, "] is ", value[i], ", not positive");
+  }
+}
+
+void check_first_row(const Tensor& rng_state, int64_t batch) {
+  const int64_t first = read<int64_t>(rng_state)[2];
+  check(first >= 0 && first <= int64_t{kReservedRow} - batch,
+        "rng_state[2], the batch's first global row, is ", first,
+        "; the batch's rows must lie in [0, ", kReservedRow, ")");
+}
+
 void check_distinct_rows(const char* name, const Tensor& rows, int64_t size) {
   check_distinct<int64_t>(
       rows, size, false,
       [&](int64_t i, int64_t row) {
-        check(false, name, "[", i, "] is ", row, ", but there are rows 0 to ", size - 1);
+        check(false, name, "[", i, "] is ", row, ", but there are ", size, " rows");
       },
       [&](int64_t row, int64_t, int64_t) { check(false, name, " has row ", row, " twice"); });
 }
@@ -97,8 +111,8 @@ void check_distinct_slots(const Tensor& slot, int64_t branch_rows) {
   check_distinct<int32_t>(
       slot, branch_rows, true,
       [&](int64_t row, int64_t place) {
-        check(false, "slot[", row, "] is ", place, ", but the branch has rows 0 to ",
-              branch_rows - 1);
+        check(false, "slot[", row, "] is ", place, ", neither -1 nor one of the branch's ",
+              branch_rows, " rows");
       },
       [&](int64_t place, int64_t first, int64_t second) {
         check(false, "slot has ", place, " twice, for rows ", first, " and ", second);

@@ -26,6 +26,8 @@ void prepare(const Tensor&) {}
 
 // Values are on the device: see device.h.
 void check_probabilities(const char*, const Tensor&) {}
+void check_positive(const char*, const Tensor&) {}
+void check_first_row(const Tensor&, int64_t) {}
 void check_distinct_rows(const char*, const Tensor&, int64_t) {}
 void check_distinct_slots(const Tensor&, int64_t) {}
 

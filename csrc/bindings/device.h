@@ -13,6 +13,9 @@ void prepare(const Tensor& fresh);
 // These look at values, which the host can without waiting on the CPU only: for other devices they
 // do nothing, and the kernels take an index that is out of range for none.
 void check_probabilities(const char* name, const Tensor& values);
+void check_positive(const char* name, const Tensor& values);
+// Fails unless the batch's global rows, of which the state has the first, leave the reserved one.
+void check_first_row(const Tensor& rng_state, int64_t batch);
 // Fails unless each of the int64 numbers is one of `size` rows and none stands twice.
 void check_distinct_rows(const char* name, const Tensor& rows, int64_t size);
 // The same of int32 slots, of which several may be -1.

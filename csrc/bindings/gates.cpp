@@ -1,4 +1,8 @@
 // Operations 1 and 4, the draw and the projected step of all sections.
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "device.h"
 #include "operators.h"
 
@@ -12,9 +16,15 @@ class Updated {
   Updated(const char* name, Tensor tensor, const Tensor& like, ScalarType type,
           std::initializer_list<int64_t> shape)
       : original_(tensor), dense_(checked(name, tensor, like, type, shape)) {
+    std::vector<std::pair<int64_t, int64_t>> steps;  // stride and size, from the innermost outwards
     for (int64_t d = 0; d < tensor.dim(); ++d) {
-      check(tensor.size(d) <= 1 || tensor.stride(d) != 0, name,
-            " is updated in place, but several of its elements share one place in memory");
+      if (tensor.size(d) > 1) steps.emplace_back(tensor.stride(d), tensor.size(d));
+    }
+    std::sort(steps.begin(), steps.end());
+    int64_t last = 0;  // the farthest element of the inner dimensions
+    for (const auto& [stride, size] : steps) {
+      check(stride > last, name, " is updated in place, but elements of it share memory");
+      last += stride * (size - 1);
     }
   }
   template <typename T>
@@ -41,6 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_gates(
   const Tensor state = checked("rng_state", rng_state, theta, ScalarType::Long, {3});
   check_probabilities("theta", keep);
   check_probabilities("probe_rate", rate);
+  check_first_row(state, batch);
   check(batch >= 0 && batch < kMostRows && row_multiple >= 1, "a batch of ", batch,
         " rows in multiples of ", row_multiple, " cannot be drawn");
   check(scheme == "systematic" || scheme == "independent", "unknown scheme ", scheme);
@@ -74,7 +85,8 @@ void projected_gate_step_(Tensor theta, Tensor statistics, Tensor in_play, const
                           double horizon, double noise_factor, double decay, double confidence,
                           int64_t max_descending) {
   const int64_t sections = theta.numel();
-  const int64_t rows = slope.dim() == 2 ? slope.size(1) : -1;
+  check(slope.dim() == 2, "slope must have two dimensions, got ", described(slope));
+  const int64_t rows = slope.size(1);
   Updated moved_theta("theta", theta, theta, ScalarType::Float, {sections});
   Updated sums("statistics", statistics, theta, ScalarType::Float, {5, sections});
   Updated playing("in_play", in_play, theta, ScalarType::Bool, {sections});
@@ -82,6 +94,16 @@ void projected_gate_step_(Tensor theta, Tensor statistics, Tensor in_play, const
   const Tensor evidence = checked("counted", counted, theta, ScalarType::Bool, {sections, rows});
   const Tensor penalties = checked("penalty", penalty, theta, ScalarType::Float, {sections});
   const Tensor movable = checked("free", free, theta, ScalarType::Bool, {sections});
+  const std::pair<const char*, const Tensor&> arguments[] = {
+      {"theta", theta},     {"statistics", statistics}, {"in_play", in_play}, {"slope", slope},
+      {"counted", counted}, {"penalty", penalty},       {"free", free}};
+  for (int written = 0; written < 3; ++written) {
+    for (int other = written + 1; other < 7; ++other) {
+      check_apart(arguments[written].first, arguments[written].second, arguments[other].first,
+                  arguments[other].second);
+    }
+  }
+  check_positive("penalty", penalties);
 
   StepParams p{};
   p.sections = sections;

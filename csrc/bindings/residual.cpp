@@ -139,6 +139,8 @@ Tensor independent_gates(const Tensor& theta, const Tensor& rng_state, int64_t s
                          const Tensor& rows) {
   const Tensor keep = checked("theta", theta, rows, ScalarType::Float, {});
   const Tensor state = checked("rng_state", rng_state, rows, ScalarType::Long, {3});
+  check_probabilities("theta", keep);
+  check_first_row(state, rows.size(0));
   const Tensor gates = torch::stable::new_empty(theta, {rows.size(0)});
   IndependentParams p{};
   p.rng_state = read<int64_t>(state);

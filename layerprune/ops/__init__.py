@@ -9,6 +9,9 @@ from layerprune.ops.draw import GateDraw, sample_gates
 from layerprune.ops.functional import gated_residual, sampled_gated_residual, take_rows
 from layerprune.ops.philox import philox_4x32_10, philox_stream
 from layerprune.ops.projected_step import projected_gate_step_
+from layerprune.ops.triton_backend import install
+
+install()
 
 __all__ = [
     "Backend",

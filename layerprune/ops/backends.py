@@ -1,7 +1,8 @@
 """Which backend serves which device, and why not a faster one.
 
 The operators of the library ``layerprune`` have an eager reference for every device. The compiled
-part, once loaded, takes precedence for tensors on its device: the dispatcher chooses for each call.
+part, once loaded, takes precedence for tensors on its device, the Triton kernels for those on a
+CUDA device that it does not serve: the dispatcher chooses for each call.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Backend:
     """What runs the operations on one device.
 
     Attributes:
-        name: "compiled" or "eager".
+        name: "compiled", "triton" or "eager".
         detail: What was compiled and how, or why eager PyTorch serves.
         remedy: The command that brings the compiled part, where it could be had.
     """
@@ -94,7 +95,7 @@ def _load() -> ModuleType:
         raise _Misfit(f"{built}, this is torch {torch.__version__}")
     libraries = sorted(_PACKAGE.glob("_cpu.*"))
     if not libraries:
-        raise _Missing(_obstacle())
+        raise _Misfit(f"{file.name} is there without the library _cpu that belongs to it")
     try:
         torch.ops.load_library(libraries[0])
     except OSError:
@@ -108,29 +109,27 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _remedy(device: str = "cpu") -> str:
     """The command that installs this package again, compiled for the device."""
-    source, editable = None, False
-    try:
-        record = importlib.metadata.distribution("layerprune").read_text("direct_url.json")
-        origin = json.loads(record or "{}")
-        if "dir_info" in origin:
-            source = Path(url2pathname(urlparse(origin["url"]).path))
-            editable = origin["dir_info"].get("editable", False)
-    except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
-        if (_PACKAGE.parent / "setup.py").exists():
-            source, editable = _PACKAGE.parent, True
-    where = ""
-    if source is None or not source.exists():
-        where, what = "in the folder of layerprune's sources, ", "."
+    source, editable = "path/to/layerprune", False
+    if (_PACKAGE.parent / "setup.py").exists():  # imported from its sources, installed or not
+        source, editable = str(_PACKAGE.parent), True
     else:
-        what = ("-e " if editable else "") + shlex.quote(str(source))
+        try:
+            record = importlib.metadata.distribution("layerprune").read_text("direct_url.json")
+            origin = json.loads(record or "{}")
+            folder = Path(url2pathname(urlparse(origin["url"]).path))
+            if "dir_info" in origin and folder.exists():
+                source = str(folder)
+        except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+            pass
+    what = ("-e " if editable else "") + shlex.quote(source)
     pip = f"{shlex.quote(sys.executable)} -m pip install --no-build-isolation --no-deps"
     # Told to, the build does not pass over what it lacks, but says it.
-    return f"{where}LAYERPRUNE_BUILD={device} {pip} --force-reinstall {what}"
+    return f"LAYERPRUNE_BUILD={device} {pip} --force-reinstall {what}"
 
 
 def _choose_cpu() -> tuple[Backend, ModuleType | None]:
     """Which backend serves the CPU, and the compiled module if it is in use."""
-    wish = os.environ.get(VARIABLE, "auto")
+    wish = os.environ.get(VARIABLE) or "auto"
     if wish not in ("auto", "eager", "compiled"):
         raise ImportError(f"{VARIABLE} must be auto, eager or compiled, got {wish!r}")
     if wish == "eager":
@@ -154,6 +153,8 @@ def _choose_cpu() -> tuple[Backend, ModuleType | None]:
 
 def _load_cuda() -> None:
     """Loads the compiled CUDA kernels, which were built with the CPU's."""
+    if native is None:
+        raise _Missing(_CPU.detail)
     libraries = sorted(_PACKAGE.glob("_cuda.*"))
     if not libraries:
         raise _Missing(_obstacle("cuda_obstacle"))
@@ -165,16 +166,30 @@ def _load_cuda() -> None:
         ) from None
 
 
+def _triton() -> str:
+    """The Triton that is to serve."""
+    if importlib.util.find_spec("layerprune.kernels") is None:
+        raise _Missing("nor are Triton's, in a source tree that is not installed")
+    try:
+        return f"Triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        raise _Missing("and Triton is not installed") from None
+
+
 def _choose_cuda() -> Backend:
-    """Which backend serves CUDA: the compiled one where it is there, and a GPU to run it."""
-    if native is None:
-        return Backend("eager", _CPU.detail, _CPU.remedy and _remedy("cuda"))
+    """Which backend serves CUDA: compiled kernels, or Triton's, if there is a GPU to run them."""
+    if os.environ.get(VARIABLE) == "eager":
+        return Backend("eager", f"{VARIABLE}=eager")
     if not torch.cuda.is_available():
         return Backend("eager", "there is no GPU that torch can use")
     try:
         _load_cuda()
     except (_Missing, _Misfit) as error:
-        backend = Backend("eager", f"the CUDA kernels are not in use, {error}", _remedy("cuda"))
+        reason = f"the compiled CUDA kernels are not in use, {error}"
+        try:
+            backend = Backend("triton", f"kernels by {_triton()}; {reason}", _remedy("cuda"))
+        except _Missing as lack:
+            backend = Backend("eager", f"{reason}, {lack}", _remedy("cuda"))
         if isinstance(error, _Misfit):
             warnings.warn(f"layerprune runs {backend} for CUDA", RuntimeWarning, stacklevel=2)
         return backend

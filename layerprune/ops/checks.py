@@ -8,8 +8,15 @@ from torch import Tensor
 from layerprune.ops.philox import RESERVED_ROW
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raises TypeError unless argument ``name`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless dtype and shape of argument ``name`` are as they must be."""
+    check_tensor(name, tensor)
     if tensor.dtype != dtype or tensor.shape != shape:
         raise ValueError(
             f"{name} must be {dtype} of shape {list(shape)},"
@@ -19,6 +26,7 @@ def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...])
 
 def check_vector(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Raises ValueError unless argument ``name`` has one dimension and the dtype."""
+    check_tensor(name, tensor)
     if tensor.dtype != dtype or tensor.dim() != 1:
         raise ValueError(
             f"{name} must be {dtype} with one dimension,"
@@ -33,8 +41,16 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` can be looked at without waiting for a device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether ``tensor`` has values, and they can be looked at without waiting for a device.
+
+    Not while a graph is traced, on fakes, or within a transformation of ``torch.func``.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def check_probability(name: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ from layerprune.ops.checks import (
     check_device,
     check_probability,
     check_rng_state,
+    check_tensor,
     check_vector,
 )
 from layerprune.ops.rows import TakeRows
@@ -19,6 +20,8 @@ FORMS = ("add", "lerp")
 
 
 def _check_sum(x: Tensor, branch: Tensor, activation: str | None, form: str) -> None:
+    check_tensor("x", x)
+    check_tensor("branch", branch)
     if x.dim() == 0 or x.shape[1:] != branch.shape[1:] or branch.dim() == 0:
         raise ValueError(
             "x [B, *S] and branch [K, *S] must agree in all dimensions but the first,"
@@ -119,17 +122,21 @@ def take_rows(x: Tensor, rows: Tensor, exclusive: bool = False) -> tuple[Tensor,
     Args:
         x: ``[B, *S]``.
         rows: int64 ``[K]``, each row at most once.
-        exclusive: Promises that ``x_rest`` goes into `gated_residual` and nowhere else. Its
-            gradient is then a fresh tensor that nothing else holds, and is added to in place.
+        exclusive: Promises that ``x_rest`` goes into `gated_residual` and nowhere else, and that
+            nobody asks for its gradient, be it by a hook. That gradient is then a fresh tensor
+            that nothing else holds, and is added to in place.
 
     Returns:
         x_rows: ``x[rows]``, ``[K, *S]`` in the memory format of ``x``.
         x_rest: ``x``, for the shortcut.
 
     Raises:
-        ValueError: ``rows`` is not an int64 vector on the device of ``x``.
+        ValueError: ``x`` has no rows, or ``rows`` is not an int64 vector on its device.
         RuntimeError: Compiled, where a row is out of range or stands twice.
     """
+    check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have rows, [B, *S], got a scalar")
     check_vector("rows", rows, torch.int64)
     check_device("rows", rows, x.device)
     return TakeRows.apply(x, rows, exclusive)
@@ -180,5 +187,5 @@ def sampled_gated_residual(
         raise ValueError(f"section must lie in [0, 2**32), got {section}")
     x, branch = _promoted(x, branch)
     return registration.sampled_gated_residual(
-        x, branch, theta, rng_state, section, activation == "relu", form == "lerp"
+        x, branch, theta.detach(), rng_state, section, activation == "relu", form == "lerp"
     )

@@ -130,9 +130,10 @@ def philox_stream(seed: int, draw: int, section: int, first_row: int, count: int
     for name, (value, low, high) in bounds.items():
         if not low <= value <= high:
             raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+    seed, draw, section, first_row, count = map(int, (seed, draw, section, first_row, count))
     if native is not None:
         return native.philox_stream(seed % (1 << 64), draw, section, first_row, count)
-    rows = torch.arange(first_row, first_row + count)
-    state = torch.tensor([seed, draw, 0])
-    words = grid_words(state, torch.tensor([section]), rows)
+    rows = torch.arange(first_row, first_row + count, device="cpu")
+    state = torch.tensor([seed, draw, 0], device="cpu")
+    words = grid_words(state, torch.tensor([section], device="cpu"), rows)
     return words[:, 0].T.numpy().astype(np.uint32)

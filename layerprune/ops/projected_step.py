@@ -141,7 +141,8 @@ def projected_gate_step_(
         theta: float32 ``[L]`` in [0, 1], updated in place.
         statistics: float32 ``[5, L]`` running statistics (zeros at the start), updated in place.
         in_play: bool ``[L]``, the sections that may fall, updated in place.
-        slope: float32 ``[L, R]``, each row's derivative of *its own* loss with respect to its gate.
+        slope: float32 ``[L, R]``, each row's derivative of *its own* loss with respect to its gate;
+            finite where it counts, for what is not stays in the statistics.
         counted: bool ``[L, R]``, the rows that are evidence (probes, for the path estimator).
         penalty: float32 ``[L]``, nu, positive.
         free: bool ``[L]``, the sections whose theta may move at all.
@@ -153,7 +154,8 @@ def projected_gate_step_(
 
     Raises:
         ValueError: if a dtype, shape or device is wrong or a number is out of its range.
-        RuntimeError: if elements of what is updated share memory.
+        RuntimeError: compiled, if a penalty is not positive, or what is updated shares memory with
+            itself or another argument.
     """
     check_vector("theta", theta, torch.float32)
     sections = theta.shape[0]
@@ -170,13 +172,15 @@ def projected_gate_step_(
     ):
         check(name, tensor, dtype, shape)
         check_device(name, tensor, theta.device)
-    if horizon < 1 or noise_factor < 0 or not 0 < decay <= 1:
+    if not (horizon >= 1 and noise_factor >= 0 and 0 < decay <= 1 and confidence >= 0):
         raise ValueError(
-            f"horizon must be >= 1, noise_factor >= 0 and decay in (0, 1], got {horizon}, "
-            f"{noise_factor} and {decay}"
+            "horizon must be >= 1, noise_factor >= 0, decay in (0, 1] and confidence >= 0, got "
+            f"{horizon}, {noise_factor}, {decay} and {confidence}"
         )
-    if max_descending is not None and max_descending < 1:
-        raise ValueError(f"max_descending must be at least 1 or None, got {max_descending}")
+    if max_descending is not None and not (isinstance(max_descending, int) and max_descending >= 1):
+        raise ValueError(
+            f"max_descending must be a whole number of at least 1, or None, got {max_descending}"
+        )
     call_in_place(
         _op,
         (theta, statistics, in_play),
@@ -191,5 +195,5 @@ def projected_gate_step_(
         float(noise_factor),
         float(decay),
         float(confidence),
-        -1 if max_descending is None else int(max_descending),
+        -1 if max_descending is None else max_descending,
     )

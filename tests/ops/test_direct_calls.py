@@ -23,26 +23,34 @@ def draw(
     )
 
 
-def step(theta=None, statistics=None, slope=None, counted=None):
+def sampled(theta=0.5, state=(1, 2, 3)):
+    return LIBRARY.sampled_gated_residual(
+        X, X, torch.tensor(theta), torch.tensor(state), 0, False, False
+    )
+
+
+def step(theta=None, statistics=None, slope=None, counted=None, penalty=1.0):
     return LIBRARY.projected_gate_step_(
         torch.full((3,), 0.5) if theta is None else theta,
         torch.zeros(5, 3) if statistics is None else statistics,
         torch.zeros(3, dtype=torch.bool),
         torch.zeros(3, 4) if slope is None else slope,
         torch.ones(3, 4, dtype=torch.bool) if counted is None else counted,
-        torch.ones(3),
+        torch.full((3,), penalty),
         torch.ones(3, dtype=torch.bool),
         10.0, 0.0, 1.0, 1.0, 1,
     )  # fmt: skip
 
 
 NAN = float("nan")
+HELD = torch.zeros(4, 3)
+STATISTICS = torch.zeros(5, 3)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: LIBRARY.gather_rows(X, rows(0, 4)), r"rows\[1\] is 4, but there are rows 0 to 3"),
+        (lambda: LIBRARY.gather_rows(X, rows(0, 4)), r"rows\[1\] is 4, but there are 4 rows"),
         (lambda: LIBRARY.gather_rows(X, rows(-1)), r"rows\[0\] is -1"),
         (lambda: LIBRARY.gather_rows(X, rows(1, 1)), "rows has row 1 twice"),
         (lambda: LIBRARY.gather_rows(X, ints(1)), r"rows must be int64 of shape \[1\], got int32"),
@@ -62,8 +70,15 @@ NAN = float("nan")
         (lambda: draw(scheme="sobol"), "unknown scheme sobol"),
         (lambda: step(statistics=torch.zeros(4, 3)), r"must be float32 of shape \[5, 3\]"),
         (lambda: step(slope=torch.zeros(3, 5)), "counted must be bool"),
-        (lambda: step(slope=torch.zeros(12)), "slope must be float32"),
-        (lambda: step(theta=torch.tensor(0.5).expand(3)), "theta is updated in place, but several"),
+        (lambda: draw(state=(1, 2, -1)), "first global row, is -1"),
+        (lambda: sampled(theta=NAN), r"theta\[0\] is nan"),
+        (lambda: sampled(state=(1, 2, 1 << 32)), "first global row, is 4294967296"),
+        (lambda: step(slope=torch.zeros(12)), "slope must have two dimensions"),
+        (lambda: step(theta=torch.tensor(0.5).expand(3)), "theta is updated in place, but element"),
+        (lambda: step(statistics=torch.zeros(7).as_strided((5, 3), (1, 1))), "statistics is updat"),
+        (lambda: step(STATISTICS[4], STATISTICS), "theta and statistics share memory"),
+        (lambda: step(penalty=0.0), r"penalty\[0\] is 0, not positive"),
+        (lambda: LIBRARY.scatter_add_rows_(HELD, rows(1, 2), HELD[:2]), "out and source share"),
     ],
 )  # fmt: skip
 def test_refused(call, message, compiled):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerprune import ops
 
@@ -234,3 +235,19 @@ def test_errors(change, message):
     }
     with pytest.raises(ValueError, match=message):
         ops.sample_gates(**(arguments | change))
+
+
+def test_takes_tensors_only():
+    with pytest.raises(TypeError, match="theta must be a tensor, got list"):
+        ops.sample_gates([0.5], 4, _state(), torch.zeros(1))
+
+
+def test_without_values():
+    """Under fakes, and within vmap, nothing looks at the values."""
+    with FakeTensorMode():
+        drawn = ops.sample_gates(torch.rand(3), 5, torch.tensor([1, 2, 0]), torch.rand(3))
+        assert drawn.rows.shape == (3, 5)
+    theta, rate = torch.rand(2, 3), torch.full((3,), 0.25)
+    gates = torch.vmap(lambda keep: ops.sample_gates(keep, 5, _state(), rate).gates)(theta)
+    expected = [ops.sample_gates(keep, 5, _state(), rate).gates for keep in theta]
+    assert torch.equal(gates, torch.stack(expected))

@@ -274,7 +274,10 @@ def test_fake():
         ({"noise_factor": -1.0}, "noise_factor"),
         ({"decay": 0.0}, "decay"),
         ({"decay": 1.5}, "decay"),
+        ({"horizon": float("nan")}, "horizon"),
+        ({"confidence": float("nan")}, "confidence"),
         ({"max_descending": 0}, "max_descending"),
+        ({"max_descending": 1.5}, "max_descending must be a whole number"),
     ],
 )
 def test_errors(change, message):
