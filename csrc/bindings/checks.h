@@ -93,16 +93,22 @@ inline std::optional<Tensor> checked(const char* name, const std::optional<Tenso
   return checked(name, *tensor, like, type, shape);
 }
 
-// For a tensor that is written to while the other is read or written.
-inline void check_apart(const char* name, const Tensor& tensor, const char* other_name,
-                        const Tensor& other) {
-  if (!tensor.is_contiguous() || !other.is_contiguous()) return;  // those are copied first
-  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
-  const auto end = [&](const Tensor& t) {
-    return begin(t) + t.numel() * static_cast<int64_t>(t.element_size());
-  };
-  check(end(tensor) <= begin(other) || end(other) <= begin(tensor), name, " and ", other_name,
-        " share memory");
+// Where an argument lies in memory; nowhere if it is not contiguous, for it is then copied first.
+struct Place {
+  const char* name;
+  const char* begin = nullptr;
+  const char* end = nullptr;
+
+  Place(const char* name, const Tensor& tensor) : name(name) {
+    if (!tensor.is_contiguous()) return;
+    begin = static_cast<const char*>(tensor.const_data_ptr());
+    end = begin + tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  }
+};
+
+// For an argument that is written to while the other is read or written.
+inline void check_apart(const Place& a, const Place& b) {
+  check(a.end <= b.begin || b.end <= a.begin, a.name, " and ", b.name, " share memory");
 }
 
 // Pointers to the data of a tensor whose dtype was checked.

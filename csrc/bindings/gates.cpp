@@ -94,13 +94,12 @@ void projected_gate_step_(Tensor theta, Tensor statistics, Tensor in_play, const
   const Tensor evidence = checked("counted", counted, theta, ScalarType::Bool, {sections, rows});
   const Tensor penalties = checked("penalty", penalty, theta, ScalarType::Float, {sections});
   const Tensor movable = checked("free", free, theta, ScalarType::Bool, {sections});
-  const std::pair<const char*, const Tensor&> arguments[] = {
-      {"theta", theta},     {"statistics", statistics}, {"in_play", in_play}, {"slope", slope},
-      {"counted", counted}, {"penalty", penalty},       {"free", free}};
+  const Place arguments[] = {{"theta", theta}, {"statistics", statistics}, {"in_play", in_play},
+                             {"slope", slope}, {"counted", counted},       {"penalty", penalty},
+                             {"free", free}};
   for (int written = 0; written < 3; ++written) {
     for (int other = written + 1; other < 7; ++other) {
-      check_apart(arguments[written].first, arguments[written].second, arguments[other].first,
-                  arguments[other].second);
+      check_apart(arguments[written], arguments[other]);
     }
   }
   check_positive("penalty", penalties);
@@ -119,8 +118,11 @@ void projected_gate_step_(Tensor theta, Tensor statistics, Tensor in_play, const
   p.statistics = sums.data<float>();
   p.in_play = playing.data<bool>();
 
-  const Tensor scratch = torch::stable::new_empty(slopes, {step_scratch(sections)});
-  run(p, write<float>(scratch), theta.get_device_index());
+  std::optional<Tensor> scratch;
+  if (const int64_t room = step_scratch(sections); room > 0) {
+    scratch = torch::stable::new_empty(slopes, {room});
+  }
+  run(p, scratch ? write<float>(*scratch) : nullptr, theta.get_device_index());
   moved_theta.finish();
   sums.finish();
   playing.finish();

@@ -43,7 +43,7 @@ void scatter_add_rows_(Tensor out, const Tensor& rows, const Tensor& source) {
   check(source.size(0) == count, "source has ", source.size(0), " rows for ", count);
   const MemoryFormat format = row_format(out);
   check(is_dense(out, format), "out must be contiguous or channels_last");
-  check_apart("out", out, "source", source);
+  check_apart({"out", out}, {"source", source});
   const Tensor added = with_dense_rows(source, format);
   ScatterAddParams p{};
   p.type = element_type(out);
