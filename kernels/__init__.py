@@ -7,19 +7,19 @@ package imports Triton.
 
 from __future__ import annotations
 
-from layerprune.kernels import gates, rows
+from layerprune.kernels import draw, residual, rows, step
 
 OPERATORS = {
     function.__name__: function
     for function in (
-        gates.projected_gate_step_,
-        gates.sample_gates,
+        step.projected_gate_step_,
+        draw.sample_gates,
         rows.gate_factor,
-        rows.gated_residual,
-        rows.gated_residual_backward,
+        residual.gated_residual,
+        residual.gated_residual_backward,
         rows.gather_rows,
-        rows.sampled_gated_residual,
-        rows.sampled_gated_residual_backward,
+        residual.sampled_gated_residual,
+        residual.sampled_gated_residual_backward,
         rows.scatter_add_rows,
         rows.scatter_add_rows_,
     )

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from layerprune.kernels import gates, rows
+from layerprune.kernels import draw, residual, rows, step
 
 FLAGS = {"RELU": False, "LERP": False, "SAMPLED": False, "SLOTTED": True}
 FORMS = [
@@ -70,7 +70,7 @@ def test_residual(form, element):
     if not flags["SLOTTED"]:
         flags["slot"] = None
     forward = flags | ({} if flags["SAMPLED"] else {"gates_out": None}) | {"BLOCK": 2048}
-    assembly = compiled(rows._forward_kernel, element, forward)["ptx"]
+    assembly = compiled(residual._forward_kernel, element, forward)["ptx"]
     assert "ld.global.v4.b32" in assembly or "ld.global.v2.b64" in assembly
     graded = not flags["SAMPLED"]
     backward = flags | {"GRADED": graded, "BLOCK": rows.SEGMENT}
@@ -81,7 +81,7 @@ def test_residual(form, element):
     types = {"parts": f"*{wide}"} | ({"factor": f"*{wide}"} if flags["LERP"] else {})
     constants = backward | dict.fromkeys(missing, None)
     types = {name: kind for name, kind in types.items() if name not in constants}
-    assembly = compiled(rows._backward_kernel, element, constants, **types)["ptx"]
+    assembly = compiled(residual._backward_kernel, element, constants, **types)["ptx"]
     assert "ld.global.v4.b32" in assembly or "ld.global.v2.b64" in assembly
 
 
@@ -104,7 +104,7 @@ def test_rows(element, asked):
 def test_draw(systematic):
     lists = {"rows": "*i64", "section": "i32"}
     constants = {"SYSTEMATIC": systematic, "BLOCK": 256, "CHUNK": 16}
-    assembly = compiled(gates._draw_kernel, "fp32", constants, **lists)["ptx"]
+    assembly = compiled(draw._draw_kernel, "fp32", constants, **lists)["ptx"]
     # Else a probe's gate would differ in its last bit.
     assert "div.rn.f32" in assembly or not systematic
 
@@ -112,4 +112,4 @@ def test_draw(systematic):
 @pytest.mark.parametrize("compete", [False, True])
 def test_step(compete):
     constants = {"COMPETE": compete, "TOGETHER": 4, "BLOCK_ROWS": 256, "BLOCK": 1024, "CHUNK": 16}
-    compiled(gates._step_kernel, "fp32", constants, count="i32")
+    compiled(step._step_kernel, "fp32", constants, count="i32")

@@ -93,14 +93,14 @@ inline std::optional<Tensor> checked(const char* name, const std::optional<Tenso
   return checked(name, *tensor, like, type, shape);
 }
 
-// Where an argument lies in memory; nowhere if it is not contiguous, for it is then copied first.
+// Where an argument lies in memory; nowhere if it is empty, or not contiguous and copied first.
 struct Place {
   const char* name;
   const char* begin = nullptr;
   const char* end = nullptr;
 
   Place(const char* name, const Tensor& tensor) : name(name) {
-    if (!tensor.is_contiguous()) return;
+    if (tensor.numel() == 0 || !tensor.is_contiguous()) return;
     begin = static_cast<const char*>(tensor.const_data_ptr());
     end = begin + tensor.numel() * static_cast<int64_t>(tensor.element_size());
   }

@@ -34,7 +34,7 @@ void run(const FactorRowsParams& params, int32_t device);
 void run(const IndependentParams& params, int32_t device);
 void run(const DrawParams& params, int32_t device);
 
-// A step works in `step_scratch` numbers of scratch.
+// A step works in `step_scratch` numbers of scratch, null where that is none.
 void run(const StepParams& params, float* scratch, int32_t device);
 int64_t step_scratch(int64_t sections);
 

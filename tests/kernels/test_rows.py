@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerprune.kernels import OPERATORS, rows
+from layerprune.kernels import OPERATORS, residual, rows
 from layerprune.ops import reference, registration
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -58,14 +58,14 @@ def test_residual(shape, dtype, layout, relu, lerp, slots):
     """Forward, what is kept of the branch, and backward."""
     x, branch, grad, gate, slot = tensors(shape, dtype, layout, slots)
     y = reference.gated_residual(x, branch, gate, slot, relu, lerp)
-    close(rows.gated_residual(x, branch, gate, slot, None, relu, lerp), y)
+    close(residual.gated_residual(x, branch, gate, slot, None, relu, lerp), y)
     for asked in (None, torch.tensor([4, 0, 2])):
         factor = reference.gate_factor(x, branch, slot, asked, lerp)
         close(rows.gate_factor(x, branch, slot, asked, lerp), factor)
         kept = y if relu else None
         arguments = (grad, kept, gate, slot, factor, asked, branch.shape[0], lerp)
         expected = reference.gated_residual_backward(*arguments)
-        for found, want in zip(rows.gated_residual_backward(*arguments), expected, strict=True):
+        for found, want in zip(residual.gated_residual_backward(*arguments), expected, strict=True):
             close(found, want)
 
 
@@ -74,11 +74,11 @@ def test_rows_of_several_segments(dtype):
     """One gate's gradient is a sum of sums."""
     x, branch, grad, gate, slot = tensors(SHAPES[2], dtype, torch.Tensor.contiguous, SLOTS[1])
     close(
-        rows.gated_residual(x, branch, gate, slot, None, False, False),
+        residual.gated_residual(x, branch, gate, slot, None, False, False),
         reference.gated_residual(x, branch, gate, slot, False, False),
     )
     arguments = (grad, None, gate, slot, branch, None, K, False)
-    found = rows.gated_residual_backward(*arguments)
+    found = residual.gated_residual_backward(*arguments)
     expected = reference.gated_residual_backward(*arguments)
     close(found[0], expected[0])
     close(found[1], expected[1])
@@ -90,7 +90,7 @@ def test_no_gate_gradient():
     x, branch, grad, gate, slot = tensors((3,), torch.float32, sliced, SLOTS[1])
     arguments = (grad, None, gate, slot, None, None, K, False)
     expected = reference.gated_residual_backward(*arguments)
-    for found, want in zip(rows.gated_residual_backward(*arguments), expected, strict=True):
+    for found, want in zip(residual.gated_residual_backward(*arguments), expected, strict=True):
         assert torch.equal(found, want)
 
 
@@ -100,12 +100,12 @@ def test_sampled(lerp):
     x, branch, grad, _, _ = tensors((7,), torch.float32, torch.Tensor.contiguous, None)
     state, theta = torch.tensor([3, 5, 2**32 - 20]), torch.tensor(0.5)
     arguments = (theta, state, 4)
-    found = rows.sampled_gated_residual(x, branch, *arguments, not lerp, lerp)
+    found = residual.sampled_gated_residual(x, branch, *arguments, not lerp, lerp)
     expected = registration._sampled_forward(x, branch, *arguments, not lerp, lerp)
     assert torch.equal(found[1], expected[1]) and 0 < found[1].sum() < B
     close(found[0], expected[0])
     kept = None if lerp else expected[0]
-    found = rows.sampled_gated_residual_backward(grad, kept, *arguments, lerp)
+    found = residual.sampled_gated_residual_backward(grad, kept, *arguments, lerp)
     expected = registration._sampled_backward_reference(grad, kept, *arguments, lerp)
     close(found[0], expected[0])
     close(found[1], expected[1])
@@ -127,7 +127,7 @@ def test_numbers_that_are_none_pass():
     """ReLU keeps what is not a number; a closed gate does not read the branch."""
     x = torch.tensor([[torch.nan, torch.inf, -torch.inf, -1.0]] * 2)
     branch = torch.full((2, 4), torch.nan)
-    y = rows.gated_residual(x, branch, torch.zeros(2), None, None, True, False)
+    y = residual.gated_residual(x, branch, torch.zeros(2), None, None, True, False)
     torch.testing.assert_close(y, x.relu(), equal_nan=True, rtol=0, atol=0)
 
 
@@ -138,20 +138,20 @@ def test_absurd_indices_harm_nothing():
     rows.scatter_add_rows_(out := x.clone(), torch.tensor([7, -1, 2]), x)
     assert out.tolist() == [[1, 1], [1, 1], [2, 2]]
     slot = torch.tensor([5, -9, 0], dtype=torch.int32)
-    y = rows.gated_residual(x, x[:1], torch.ones(3), slot, None, False, False)
+    y = residual.gated_residual(x, x[:1], torch.ones(3), slot, None, False, False)
     assert y.tolist() == [[1, 1], [1, 1], [2, 2]]
 
 
 def test_empty():
     for count, size in ((0, 3), (2, 0)):
         x, gate = torch.zeros(count, size), torch.ones(count)
-        assert rows.gated_residual(x, x, gate, None, None, True, False).shape == x.shape
-        found = rows.gated_residual_backward(x, x, gate, None, x, None, count, False)
+        assert residual.gated_residual(x, x, gate, None, None, True, False).shape == x.shape
+        found = residual.gated_residual_backward(x, x, gate, None, x, None, count, False)
         assert [f.shape for f in found] == [x.shape, x.shape, gate.shape]
         assert not found[2].any()
     nobody = torch.full((2,), -1, dtype=torch.int32)
     x, none = torch.ones(2, 3), torch.zeros(0, 3)
-    y = rows.gated_residual(x, none, torch.zeros(2), nobody, None, False, False)
+    y = residual.gated_residual(x, none, torch.zeros(2), nobody, None, False, False)
     assert torch.equal(y, x)
     assert rows.gather_rows(x, torch.zeros(0, dtype=torch.int64)).shape == (0, 3)
 
