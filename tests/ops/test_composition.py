@@ -29,8 +29,7 @@ class Section:
 
     def draw(self, theta):
         """Draws for one batch; the number of rows that run."""
-        for lagged in self.bank._lagged:
-            lagged.fill_(theta)
+        self.bank.theta.fill_(theta)
         return self.bank.draw(BATCH)[0]
 
     def differentiate(self, function, x):
