@@ -137,8 +137,9 @@ def quantiles(milliseconds: list[float]) -> dict[str, float]:
 
 def copy_of(moved: int, like: Tensor) -> Callable[[], Tensor]:
     """A copy that reads and writes so many bytes in all."""
-    source, target = torch.zeros(2, moved // 2, dtype=torch.uint8, device=like.device)
-    return partial(target.copy_, source)
+    # Of noise: a GPU may be faster where all bits are 0.
+    source = torch.randint(256, (moved // 2,), dtype=torch.uint8, device=like.device)
+    return partial(torch.empty_like(source).copy_, source)
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
