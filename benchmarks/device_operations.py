@@ -15,13 +15,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 from device_cases import cases
 from device_stream import ALL, SHAPES, DeviceCase, Stream
 from device_trace import launches, traced
@@ -29,6 +29,7 @@ from figures import median, operation_figures, times_compile
 from machine import facts, results_folder, write_result
 from operation_cases import Case, gate_cases, mean_error
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 import layerprune
 from layerprune.ops.backends import VARIABLE
@@ -45,6 +46,7 @@ Clock = Callable[[Callable[[], object]], list[float]]
 def run(options: argparse.Namespace) -> None:
     """Measures every family, writes the result after each, and says which failed."""
     output = options.output or results_folder() / "operations.json"
+    start = time.monotonic()
     failed = []
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -63,8 +65,8 @@ def run(options: argparse.Namespace) -> None:
                 continue
             rows += json.loads(part.read_text())
             share_baselines(rows)
-            figures = operation_figures(rows)
-            write_result(output, {**facts("cuda"), "figures": figures, "rows": rows})
+            result = facts("cuda") | {"seconds": round(time.monotonic() - start)}
+            write_result(output, result | {"figures": operation_figures(rows), "rows": rows})
     for figure in operation_figures(rows):
         met = "met" if figure["met"] else "MISSED"
         print(f"{met:<7}{figure['measured']:8.3f} {figure['target']:<8}{figure['name']}")
@@ -152,7 +154,9 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 def measurements(options: argparse.Namespace) -> Iterator[Callable[[], dict]]:
     """One for each row of this process's family."""
-    clock = partial(triton.testing.do_bench, warmup=10, rep=40, quantiles=[0.5, 0.2, 0.8])
+    from triton.testing import do_bench  # which a torch without CUDA comes without
+
+    clock = partial(do_bench, warmup=10, rep=40, quantiles=[0.5, 0.2, 0.8])
     for case in gate_cases("cuda"):
         yield partial(measure_small, case, clock)
     for name in options.shapes:
@@ -187,7 +191,7 @@ def main() -> None:
     if serving.name != family:
         sys.exit(f"{family} kernels are wanted, but CUDA is served by {serving}")
     # torch.compile's backward alone is timed again and again on one graph.
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
     rows, failures = [], 0
     for measurement in measurements(options):
         try:

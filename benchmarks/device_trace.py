@@ -39,12 +39,12 @@ def traced(function: Callable[[], object], calls: int) -> list[dict]:
 
 def launches(events: list[dict], calls: int) -> dict[str, float]:
     """What each call ran on the device, and for how long."""
-    ran = [event for event in events if event.get("cat") in DEVICE_KINDS]
-    counts = {
-        name: sum(event["cat"] == category for event in ran) / calls
-        for category, name in DEVICE_KINDS.items()
-    }
-    return counts | {"device_us": sum(event["dur"] for event in ran) / calls}
+    found: dict[str, float] = {"device_us": 0.0}
+    for category, name in DEVICE_KINDS.items():
+        durations = [event["dur"] for event in events if event.get("cat") == category]
+        found |= {name: len(durations) / calls, f"{name}_us": sum(durations) / calls}
+        found["device_us"] += found[f"{name}_us"]
+    return found
 
 
 def synchronisations(events: list[dict], calls: int) -> dict[str, float]:

@@ -80,9 +80,10 @@ def mean_error(found: Tensor, want: Tensor) -> float:
 
     In the mean: where a sum rounds to either side of 0, ReLU's gradients are far apart.
     """
+    # A GPU's tensors are large, and its float64 is slow.
     wide = torch.float64 if want.device.type == "cpu" else torch.float32
-    difference = (found.to(wide) - want.to(wide)).abs().mean()
-    return float(difference / want.to(wide).abs().mean().clamp(min=1e-30))
+    found, want = found.detach().to(wide), want.detach().to(wide)
+    return float((found - want).abs().mean() / want.abs().mean().clamp(min=1e-30))
 
 
 def residual_cases(shape: str, dtype: torch.dtype, share: float, compiling: bool) -> Iterator[Case]:

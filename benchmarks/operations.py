@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import device_operations
 import torch
 from machine import MEMORY, facts, hand_out_memory, write_result
 from operation_cases import SHAPES, Case, gate_cases, mean_error, residual_cases
@@ -51,8 +52,6 @@ def main() -> None:
     if options.device == "cuda":
         if not torch.cuda.is_available():
             sys.exit("--device cuda: there is no GPU that torch can use")
-        import device_operations  # which needs Triton
-
         device_operations.run(options)
         return
     print(HEADER)

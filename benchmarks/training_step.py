@@ -48,15 +48,15 @@ def main() -> None:
     labels = torch.randint(1000, (options.batch_size,), device="cuda")
     runs = {kind: Run(theta, images, labels) for kind, theta in THETAS.items()}
     seconds = measure(runs, options.blocks, options.steps)
-    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+    rows = [row(kind, run, seconds[kind]) for kind, run in runs.items()]
     result = {
         **facts("cuda"),
         "batch_size": options.batch_size,
         "steps": options.blocks * options.steps,
-        "figures": training_figures(medians),
-        "rows": [row(kind, run, seconds[kind]) for kind, run in runs.items()],
+        "figures": training_figures(rows),
+        "rows": rows,
     }
-    for one in result["rows"]:
+    for one in rows:
         print(f"{one['sections']:<8} {1e3 * one['median_s']:8.2f} ms, waits {one['waits']}")
     for figure in result["figures"]:
         print(f"{figure['measured']:.3f} {figure['target']}  {figure['name']}")
