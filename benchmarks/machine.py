@@ -20,24 +20,20 @@ from layerprune.training.records import write_atomic
 
 
 def facts(device: str | None = None) -> dict:
-    """Versions, device, threads, commit and what runs the operations."""
-    on_gpu = torch.cuda.is_available() and device != "cpu"
-    return {
-        "versions": versions() | (_gpu_versions() if on_gpu else {}),
+    """Versions, device, threads, commit, what runs the operations, and of a GPU its driver."""
+    result = {
+        "versions": versions(),
         "operations": {kind: str(backend) for kind, backend in backends().items()},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "commit": commit(),
     }
-
-
-def _gpu_versions() -> dict[str, str | None]:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
-        "triton": importlib.metadata.version("triton"),
-        "cuda": torch.version.cuda,
-        "driver": (_output(query) or "").partition("\n")[0] or None,
-    }
+    if torch.cuda.is_available() and device != "cpu":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        result["driver"] = (_output(query) or "").partition("\n")[0] or None
+        result["versions"]["triton"] = importlib.metadata.version("triton")
+        result["versions"]["cuda"] = torch.version.cuda
+    return result
 
 
 def commit() -> str | None:

@@ -53,6 +53,8 @@ def measured_on(result: dict) -> str:
     versions = dict(result["versions"])
     ours, torch = versions.pop("layerprune"), versions.pop("torch")
     parts = [result["device"], f"torch {torch}", *(f"{k} {v}" for k, v in versions.items())]
+    if "driver" in result:
+        parts.append(f"driver {result['driver']}")
     return (
         f"{', '.join(parts)}, {result['threads']} threads; layerprune {ours} at "
         f"`{(result['commit'] or 'unknown')[:12]}`."

@@ -1,18 +1,10 @@
-"""The benchmarks' pure parts, and on the CPU what a GPU is to measure."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""How a GPU is measured, as far as a CPU can tell: its cases, its traces, its training steps."""
 
 import device_operations
 import device_trace
-import figures
 import machine
 import operation_cases
 import pytest
-import tables
 import torch
 import training_step
 from device_cases import cases
@@ -20,91 +12,12 @@ from device_stream import Shape, Stream
 
 from layerprune.models.resnet import resnet
 
-ROOT = Path(__file__).resolve().parents[1]
-TIMES = {"median_us": 10.0, "p20_us": 9.0, "p80_us": 11.0}
-
 
 def clock(function) -> list[float]:
     """Calls the function as often as a clock would, more than once."""
     function()
     function()
     return [0.01, 0.009, 0.011]
-
-
-def row(family: str, share: float, **microseconds: float) -> dict:
-    """A gated residual's row, `both` of every kind as given."""
-    return {
-        "family": family,
-        "operation": "gated_residual",
-        "shape": "ViT-B",
-        "dtype": "bfloat16",
-        "share": share,
-        "times": {
-            kind: dict.fromkeys(("forward", "backward", "both"), TIMES | {"median_us": value})
-            for kind, value in microseconds.items()
-        },
-        "of_copy": {"forward": 0.95, "backward": 0.85, "both": 0.9},
-        "peak_bytes": dict.fromkeys(microseconds, 1 << 20),
-    }
-
-
-def step_row(kernels: float) -> dict:
-    events = [{"cat": "kernel", "dur": 5.0}] * int(kernels) + [{"cat": "gpu_memset", "dur": 1.0}]
-    return {
-        "family": "compiled",
-        "operation": "projected_gate_step_",
-        "shape": "1,000 sections, 256 rows",
-        "times": {"ours": {"both": TIMES}, "eager": {"both": TIMES}},
-        "launches": device_trace.launches(events, 1),
-    }
-
-
-def met(found: list[dict]) -> dict[str, bool]:
-    return {figure["name"]: figure["met"] for figure in found}
-
-
-def test_figures_hold_the_rows_to_their_targets():
-    rows = [
-        row("compiled", 1, ours=10, eager=30, compile=12, **{"max-autotune": 10.5}),
-        row("compiled", 0.5, ours=8, eager=30, compile=12),
-        row("triton", 1, ours=12, eager=30),
-        step_row(1),
-    ]
-    found = met(figures.operation_figures(rows))
-    assert found == {
-        "compiled, ViT-B: forward, bytes/s of a copy's, least of all shares": True,
-        "compiled, ViT-B: backward, bytes/s of a copy's, least of all shares": False,
-        # the faster mode counts: 10.5 / 10
-        "compiled, ViT-B: times torch.compile, 100% of the rows": False,
-        "compiled, ViT-B: times torch.compile, 50% of the rows": True,
-        "compiled, projected_gate_step_: kernels": True,
-        "compiled, projected_gate_step_: device time, us": True,
-        "triton, ViT-B: forward, bytes/s of a copy's, least of all shares": True,
-        "triton, ViT-B: backward, bytes/s of a copy's, least of all shares": False,
-        "ViT-B: Triton's time over the compiled kernels', largest of all shares": False,
-    }
-    assert not met(figures.operation_figures([step_row(2)]))[
-        "compiled, projected_gate_step_: kernels"
-    ]
-
-
-def test_figures_of_a_training_step():
-    seconds = {"plain": 1.0, "open": 1.01, "half": 0.7, "removed": 0.2}
-    rows = [{"sections": k, "median_s": s, "waits": {}} for k, s in seconds.items()]
-    rows[1]["waits"] = {"cudaStreamSynchronize": 2.0}
-    overhead, half, waits = figures.training_figures(rows)
-    assert overhead["met"] and overhead["measured"] == pytest.approx(1.01)
-    assert not half["met"] and half["measured"] == pytest.approx(0.7 / 0.6)
-    assert not waits["met"] and waits["measured"] == 2
-
-
-def test_both_families_get_the_baselines_that_were_measured_once():
-    rows = [row("compiled", 1, ours=10, compile=12), row("triton", 1, ours=11)]
-    rows.append(row("triton", 0.5, ours=11))
-    device_operations.share_baselines(rows)
-    assert rows[1]["times"]["compile"] == rows[0]["times"]["compile"]
-    assert rows[1]["times"]["ours"]["both"]["median_us"] == 11
-    assert "compile" not in rows[2]["times"]
 
 
 def test_a_folder_is_named_after_the_device():
@@ -198,81 +111,3 @@ def test_a_training_step_with_every_kind_of_sections():
         if run.pruner is not None:
             assert {section.theta for section in run.pruner.sections} == {theta}
     assert counts["open"] == counts["half"] == counts["plain"] > counts["removed"]
-
-
-def test_the_page_is_what_the_results_give():
-    page = tables.PAGE.read_text()
-    assert tables.filled(page) == page, "run: python benchmarks/tables.py"
-
-
-def test_a_gpu_gets_its_tables(tmp_path):
-    assert "No GPU has run" in tables.section("gpu", tmp_path)
-    facts = {
-        "versions": {"layerprune": "0.1.0", "torch": "2.14", "driver": "580"},
-        "device": "NVIDIA H100",
-        "threads": 8,
-        "commit": None,
-    }
-    rows = [row("triton", 1, ours=10, eager=30, compile=12, dinov2=20), step_row(1)]
-    results = {
-        "operations": facts | {"rows": rows, "figures": figures.operation_figures(rows)},
-        "training-step": facts
-        | {
-            "batch_size": 256,
-            "figures": [],
-            "rows": [
-                {
-                    "sections": "plain",
-                    "median_s": 0.1,
-                    "device_s": 0.09,
-                    "kernels": 900.0,
-                    "waits": {"cudaMemcpy": 1.0},
-                    "peak_bytes": 1 << 30,
-                }
-            ],
-        },
-    }
-    folder = tmp_path / "nvidia-h100"
-    folder.mkdir()
-    for name, result in results.items():
-        (folder / f"{name}.json").write_text(json.dumps(result))
-    text = tables.section("gpu", tmp_path)
-    assert "### NVIDIA H100\n" in text and "driver 580" in text and "`unknown`" in text
-    assert (
-        "| `gated_residual` | ViT-B | bfloat16 | 100% | triton | 10 | 95% | 10 | 85% | 3.00 | 1.20 "
-        "| 2.00 | 1 | 1 |" in text
-    )
-    assert "| plain | 100.0 ms | 90.0 ms | 900 | 1 | 1,024 |" in text
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize(
-    "command",
-    [[sys.executable, "benchmarks/operations.py", "--device", "cuda"], [".ci/gpu-check"]],
-    ids=["operations", "gpu-check"],
-)
-def test_without_a_gpu_it_says_so(command):
-    environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
-    assert done.returncode != 0 and b"there is no GPU that" in done.stderr
-
-
-def test_gpu_check_goes_on_and_sums_up(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$*" in *tests/gpu) exit 1;; esac\necho "ran $*"\n')
-    python.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PYTHON": str(python),
-        "PARTS": "tests benchmark",
-        "RESULTS": "out",
-    }
-    done = subprocess.run(
-        [".ci/gpu-check"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "ran benchmarks/operations.py --device cuda --output out/operations.json" in done.stdout
-    assert done.stdout.splitlines()[-2:] == [
-        "failed: tests of the GPU, compiled",
-        "failed: tests of the GPU, triton",
-    ]
