@@ -45,6 +45,9 @@ void run(const StepParams& p, float* scratch, int32_t device) { launch_on(device
 
 int64_t step_scratch(int64_t sections) { return cuda::step_scratch(sections); }
 
-STABLE_TORCH_LIBRARY_IMPL(layerprune, CUDA, m) { register_operators(m); }
+STABLE_TORCH_LIBRARY_IMPL(layerprune, CUDA, m) {
+  register_operators(m);
+  register_masked_operators(m);
+}
 
 }  // namespace layerprune
