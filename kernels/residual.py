@@ -84,7 +84,8 @@ def _forward_kernel(
         gate, slot, theta, rng_state, section, row, branch_rows, SAMPLED, SLOTTED
     )
     if SAMPLED:
-        tl.store(gates_out + row, weight, mask=tl.program_id(0) % tl.cdiv(size, BLOCK) == 0)
+        first = tl.program_id(0) == row * tl.maximum(tl.cdiv(size, BLOCK), 1)
+        tl.store(gates_out + row, weight, mask=first)
     runs = (place >= 0) & (weight != 0)
     a = tl.load(x + row * x_stride + offsets, mask=inside)
     b = tl.load(branch + place * branch_stride + offsets, mask=inside & runs, other=0)
@@ -162,7 +163,7 @@ def _forward(
     inputs, others = dense_rows(x, layout), dense_rows(branch, layout)
     y = torch.empty_like(x, memory_format=layout)
     size = row_size(x)
-    if y.numel() == 0:
+    if x.shape[0] == 0:
         return y
     gates_out, theta, rng_state, section = sampled or (None, None, None, 0)
     _forward_kernel[programs_for(x.shape[0], size)](
