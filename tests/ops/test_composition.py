@@ -23,7 +23,8 @@ class Section:
     def __init__(self, branch, activation="relu"):
         torch.manual_seed(0)
         self.module = GatedResidual(branch, None, activation)
-        self.bank = GateBank(["section"], PruneConfig(min_rows=2, row_multiple=1), seed=3)
+        with torch.device("cpu"):  # where a bank draws, whatever the default device
+            self.bank = GateBank(["section"], PruneConfig(min_rows=2, row_multiple=1), seed=3)
         self.bank.probe_rate.fill_(0.125)
         setattr(self.module, GATE_ATTRIBUTE, self.bank.gates[0])
 
@@ -31,7 +32,8 @@ class Section:
         """Draws for one batch; the number of rows that run."""
         for lagged in self.bank._lagged:
             lagged.fill_(theta)
-        return self.bank.draw(BATCH)[0]
+        with torch.device("cpu"):
+            return self.bank.draw(BATCH, device=next(self.module.parameters()).device)[0]
 
     def differentiate(self, function, x):
         """Output and the gradients of input, gates and parameters."""
@@ -115,7 +117,7 @@ def test_checkpointed_stochastic_depth(reentrant):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_autocast(whole):
+def test_autocast(whole, device):
     """A bfloat16 branch beside a float32 stream: float32 gates, each gradient in its own dtype."""
     section = Section(nn.Linear(6, 6))
     section.draw(1.0 if whole else 0.4)
@@ -125,7 +127,7 @@ def test_autocast(whole):
     section.module.branch.register_forward_hook(lambda *a: seen.append(a[2].dtype))
 
     def mixed(x):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             return section.module(x)
 
     y, d_x, d_gate, *d_parameters = section.differentiate(mixed, x)
@@ -138,11 +140,11 @@ def test_autocast(whole):
         assert (found - want).abs().max() <= 2**-6 * want.abs().max()
 
 
-def test_autocast_leaves_gates_and_theta_alone():
+def test_autocast_leaves_gates_and_theta_alone(device):
     """Neither is cast on the way into an operator; a half-precision gate is refused."""
     x, branch = torch.randn(4, 3), torch.randn(4, 3).bfloat16()
     gate, theta = torch.tensor([0.1, 1.0, 0.0, 0.3]), torch.tensor([0.3, 0.1])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = ops.gated_residual(x, branch, gate)
         drawn = ops.sample_gates(theta, 64, torch.tensor([1, 2, 3]), theta)
         assert ops.gated_residual(x.bfloat16(), branch, gate).dtype == torch.bfloat16

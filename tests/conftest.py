@@ -1,0 +1,18 @@
+"""On which device the operations' tests run: ``pytest tests/ops --device cuda``."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="device for the tests of the operations (tests/ops), such as cuda; default: cpu",
+    )
+
+
+def pytest_configure(config):
+    device = torch.device(config.getoption("device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device}: torch finds no CUDA device here")
