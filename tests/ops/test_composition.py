@@ -10,8 +10,8 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils.checkpoint import checkpoint
 
-from layerprune import GatedResidual, PruneConfig, ops
-from layerprune.gates import GateBank
+from layerprune import GatedResidual, ops
+from layerprune.gates import SectionDraw
 from layerprune.sections.residual import GATE_ATTRIBUTE
 
 BATCH = 32
@@ -23,22 +23,29 @@ class Section:
     def __init__(self, branch, activation="relu"):
         torch.manual_seed(0)
         self.module = GatedResidual(branch, None, activation)
-        with torch.device("cpu"):  # where a bank draws, whatever the default device
-            self.bank = GateBank(["section"], PruneConfig(min_rows=2, row_multiple=1), seed=3)
-        self.bank.probe_rate.fill_(0.125)
-        setattr(self.module, GATE_ATTRIBUTE, self.bank.gates[0])
+        self.gate = getattr(self.module, GATE_ATTRIBUTE)
+        self.number = 0
 
     def draw(self, theta):
-        """Draws for one batch; the number of rows that run."""
-        for lagged in self.bank._lagged:
-            lagged.fill_(theta)
-        with torch.device("cpu"):
-            return self.bank.draw(BATCH, device=next(self.module.parameters()).device)[0]
+        """Draws for one batch, an eighth of its rows as probes; the number of rows that run."""
+        state = torch.tensor([3, self.number, 0])
+        drawn = ops.sample_gates(
+            torch.tensor([theta]), BATCH, state, torch.tensor([0.125]), min_rows=2
+        )
+        self.number += 1
+        running, probed = drawn.counts[0].tolist()
+        self.gate.draw = SectionDraw(
+            drawn.gates[0].requires_grad_(),
+            drawn.slots[0],
+            drawn.rows[0, :running],
+            drawn.probes[0, :probed],
+        )
+        return running
 
     def differentiate(self, function, x):
         """Output and the gradients of input, gates and parameters."""
         x = x.detach().requires_grad_()
-        gate = self.bank.gates[0].draw.gate
+        gate = self.gate.draw.gate
         gate.grad = None
         self.module.zero_grad()
         y = function(x)
@@ -99,11 +106,11 @@ def test_checkpointed_section(reentrant):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_stochastic_depth(reentrant):
     """The gates are drawn again from the counter, not from torch's generator."""
-    state = torch.tensor([1, 2, 3])
+    state, theta = torch.tensor([1, 2, 3]), torch.tensor(0.5)
     weight = torch.randn(4, 4, requires_grad=True)
 
     def block(x):
-        return ops.sampled_gated_residual(x, x @ weight, torch.tensor(0.5), state, 0, "relu")[0]
+        return ops.sampled_gated_residual(x, x @ weight, theta, state, 0, "relu")[0]
 
     results = []
     for function in (block, lambda x: checkpoint(block, x, use_reentrant=reentrant)):
@@ -121,7 +128,7 @@ def test_autocast(whole, device):
     """A bfloat16 branch beside a float32 stream: float32 gates, each gradient in its own dtype."""
     section = Section(nn.Linear(6, 6))
     section.draw(1.0 if whole else 0.4)
-    gate = section.bank.gates[0].draw.gate
+    gate = section.gate.draw.gate
     x = torch.randn(BATCH, 6)
     seen = []
     section.module.branch.register_forward_hook(lambda *a: seen.append(a[2].dtype))
@@ -132,7 +139,7 @@ def test_autocast(whole, device):
 
     y, d_x, d_gate, *d_parameters = section.differentiate(mixed, x)
     assert seen == [torch.bfloat16]
-    assert section.bank.theta.dtype == gate.dtype == d_gate.dtype == torch.float32
+    assert gate.dtype == d_gate.dtype == torch.float32
     assert all(t.dtype == torch.float32 for t in (y, d_x, *d_parameters))
     expected = section.differentiate(section.module, x)
     for found, want in zip((y, d_x, d_gate, *d_parameters), expected, strict=True):
