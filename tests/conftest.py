@@ -1,4 +1,4 @@
-"""On which device the operations' tests run: ``pytest tests/ops --device cuda``."""
+"""Which device tests run on: ``pytest tests/ops --device cuda``, and tests that need a GPU."""
 
 import pytest
 import torch
@@ -16,3 +16,8 @@ def pytest_configure(config):
     device = torch.device(config.getoption("device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch finds no CUDA device here")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
