@@ -1,11 +1,16 @@
-"""One call of every operation on a CUDA device, with nothing in it that waits for the device."""
+"""On a CUDA device: one call of every operation, and a small network that is pruned in training."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from layerprune import ops
+from layerprune import GatedResidual, LayerPruner, PruneConfig, ops
+from layerprune.gates import SectionDraw
+from layerprune.sections.residual import GATE_ATTRIBUTE
 
 BATCH, SECTIONS, EVIDENCE = 64, 6, 40
 SHAPE = (8, 9, 9)
@@ -89,6 +94,80 @@ def equal(found, expected):
 def every():
     """Every operation once: ``values(seed)``, ``run(values)``, ``learn_(values)``, ``equal``."""
     return SimpleNamespace(values=values, run=run, learn_=learn_, equal=equal)
+
+
+class Training:
+    """A small network in training, whose thetas learn from the second step on.
+
+    Everything that a step needs lies on the GPU.
+
+    Args:
+        dtype: that of autocast; None: without.
+        scaler: a gradient scaler, or None.
+    """
+
+    def __init__(self, dtype=None, scaler=None):
+        torch.manual_seed(0)
+        width, classes = 32, 5
+        sections = [
+            GatedResidual(
+                nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)),
+                activation="relu",
+            )
+            for _ in range(4)
+        ]
+        self.model = nn.Sequential(*sections, nn.Linear(width, classes)).cuda()
+        self.pruner = LayerPruner(
+            self.model,
+            example_inputs=torch.zeros(2, width, device="cuda"),
+            total_steps=400,
+            strength=0.02,
+            config=PruneConfig(warm_up=0.0, warm_up_limit=0.0, horizon=0.1),
+        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05)
+        self.dtype, self.scaler = dtype, scaler
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(16, 64, width, generator=generator)
+        y = (x.sin() @ torch.randn(width, classes, generator=generator)).argmax(-1)
+        self.batches = itertools.cycle(list(zip(x.cuda(), y.cuda(), strict=True)))
+
+    def backward(self, spoil=1.0):
+        """Forward and backward of one batch; ``spoil`` is a factor of the loss."""
+        x, y = next(self.batches)
+        self.optimizer.zero_grad()
+        with torch.autocast("cuda", self.dtype, enabled=self.dtype is not None):
+            loss = F.cross_entropy(self.model(x), y) * spoil
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        loss.backward()
+
+    def step(self, spoil=1.0):
+        """One whole step; theta afterwards."""
+        self.backward(spoil)
+        if self.scaler is None:
+            self.optimizer.step()
+            self.pruner.step(self.optimizer)
+        else:
+            self.scaler.step(self.optimizer)
+            self.pruner.step(self.optimizer, self.scaler)
+            self.scaler.update()
+        return [info.theta for info in self.pruner.sections]
+
+    def gates(self):
+        """The gates of the last draw that have a gradient."""
+        draws = [getattr(self.model[index], GATE_ATTRIBUTE).draw for index in range(4)]
+        gates = [draw.gate for draw in draws if isinstance(draw, SectionDraw)]
+        return [gate for gate in gates if gate.grad is not None]
+
+    def parameters(self):
+        """The weights as they are now."""
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+@pytest.fixture
+def training():
+    """Makes a `Training` of its own."""
+    return Training
 
 
 @pytest.fixture
