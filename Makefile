@@ -31,12 +31,16 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 NO_INDUCTOR := "not inductor"
 OLDEST_TORCH := 2.10.0
 OLDEST_VENV := .venv-oldest
+# Of gpu-check: which of its parts are run, and the folder that the measurements go to.
+PARTS ?= build tests sanitizer benchmark
+RESULTS ?=
 
-.PHONY: help demo test sanitize test-oldest lint clean active-python
+.PHONY: help demo test sanitize test-oldest gpu-check lint clean active-python
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "With 'PYTHON=python3 VENV=' they run in the active Python and install nothing."
+	@echo "With 'PYTHON=python3 VENV=' they run in the active Python and install nothing, but for"
+	@echo "gpu-check, which builds layerprune there; its parts are PARTS=\"$(PARTS)\"."
 
 demo: $(READY)  ## train and prune on images of digits, a minute or two; writes runs/demo
 	$(RUN) -m layerprune demo --output runs/demo
@@ -64,7 +68,10 @@ test-oldest: $(READY)  ## build with this torch, run the core's tests under the 
 	    numpy scikit-learn pytest hypothesis
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall build/oldest/*.whl
 	cd tests && PYTHONPATH= LAYERPRUNE_BACKEND=compiled $(abspath $(OLDEST_VENV))/bin/python -m pytest . \
-	    --ignore=training --ignore=test_cli.py --ignore=test_packaging.py
+	    --ignore=training --ignore-glob='*test_benchmark*' --ignore=test_cli.py --ignore=test_packaging.py
+
+gpu-check: $(READY)  ## on a machine with a GPU: build for it, test, sanitize, measure
+	PYTHON="$(RUN)" PARTS="$(PARTS)" RESULTS="$(RESULTS)" .ci/gpu-check
 
 lint: $(READY)  ## check style and formatting
 	$(RUN) -m ruff check .

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import json
+import os
 import platform
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,22 +20,37 @@ from layerprune.training.records import write_atomic
 
 
 def facts(device: str | None = None) -> dict:
-    """Versions, device, threads, commit and what runs the operations."""
-    return {
+    """Versions, device, threads, commit, what runs the operations, and of a GPU its driver."""
+    result = {
         "versions": versions(),
         "operations": {kind: str(backend) for kind, backend in backends().items()},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "commit": commit(),
     }
+    if torch.cuda.is_available() and device != "cpu":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        result["driver"] = (_output(query) or "").partition("\n")[0] or None
+        result["versions"]["triton"] = importlib.metadata.version("triton")
+        result["versions"]["cuda"] = torch.version.cuda
+    return result
 
 
 def commit() -> str | None:
-    """The tree's commit, marked where the tree differs from it."""
+    """The tree's commit, marked where the tree differs from it.
+
+    Of a tree that came without its history, LAYERPRUNE_COMMIT tells.
+    """
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    return _output(command) or os.environ.get("LAYERPRUNE_COMMIT")
+
+
+def _output(command: list[str]) -> str | None:
+    """What a program prints; None where it fails or is not there."""
+    if shutil.which(command[0]) is None:
+        return None
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def device_name(device: str | None) -> str:
@@ -44,7 +63,17 @@ def device_name(device: str | None) -> str:
     return named[0] if named else platform.processor()
 
 
-def write_result(path: Path, result: dict) -> None:
+def slug(name: str) -> str:
+    """A device's name as that of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def results_folder() -> Path:
+    """Where the results of this machine's GPU belong."""
+    return Path(__file__).resolve().parent / "results" / slug(torch.cuda.get_device_name())
+
+
+def write_result(path: Path, result: object) -> None:
     """Writes a result as JSON, or leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(result, indent=2) + "\n")

@@ -47,22 +47,43 @@ class Case:
     tolerance: float = 1e-5
 
 
-def plain_sum(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """The gated residual sum with ReLU, all rows."""
-    return torch.relu(x + gate.to(x.dtype) * branch)
+def linear_sum(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """The gated residual sum, all rows."""
+    return x + gate.to(x.dtype) * branch
 
 
-def subset_sum(x: Tensor, gate: Tensor, probe_gate: Tensor, rows: Tensor, probes: Tensor) -> Tensor:
-    """A section on some rows: gather, an identity in place of the branch, the sum with ReLU.
+def linear_subset_sum(
+    x: Tensor, gate: Tensor, probe_gate: Tensor, rows: Tensor, probes: Tensor
+) -> Tensor:
+    """A section on some rows: gather, an identity in place of the branch, the sum.
 
     Gates of probe rows have a gradient, those of the other rows none: the term of the probes is 0.
     """
     taken = x.index_select(0, rows)
     y = x.index_add(0, rows, gate.index_select(0, rows).to(x.dtype) * taken)
     probed = x.index_select(0, probes).detach()
-    return torch.relu(
-        y.index_add(0, probes, (probe_gate - probe_gate.detach()).to(x.dtype) * probed)
-    )
+    return y.index_add(0, probes, (probe_gate - probe_gate.detach()).to(x.dtype) * probed)
+
+
+def plain_sum(*args: Tensor) -> Tensor:
+    """`linear_sum` with ReLU."""
+    return torch.relu(linear_sum(*args))
+
+
+def subset_sum(*args: Tensor) -> Tensor:
+    """`linear_subset_sum` with ReLU."""
+    return torch.relu(linear_subset_sum(*args))
+
+
+def mean_error(found: Tensor, want: Tensor) -> float:
+    """Mean difference relative to the mean value.
+
+    In the mean: where a sum rounds to either side of 0, ReLU's gradients are far apart.
+    """
+    # A GPU's tensors are large, and its float64 is slow.
+    wide = torch.float64 if want.device.type == "cpu" else torch.float32
+    found, want = found.detach().to(wide), want.detach().to(wide)
+    return float((found - want).abs().mean() / want.abs().mean().clamp(min=1e-30))
 
 
 def residual_cases(shape: str, dtype: torch.dtype, share: float, compiling: bool) -> Iterator[Case]:
@@ -184,12 +205,13 @@ def _section(x: Tensor, grad: Tensor, share: float, common: dict, compiling: boo
     )
 
 
-def gate_cases() -> Iterator[Case]:
+def gate_cases(device: str = "cpu") -> Iterator[Case]:
     """Operations 1 and 4: a draw, another one every time, and a step; beside the specification."""
     generator = torch.Generator().manual_seed(0)
-    theta, rate = torch.rand(54, generator=generator), torch.full((54,), 1 / 16)
+    theta = torch.rand(54, generator=generator).to(device)
+    rate = torch.full((54,), 1 / 16, device=device)
     # A processor learns a draw by heart that comes again and again.
-    states = [torch.tensor([1, number, 0]) for number in range(1000)]
+    states = [torch.tensor([1, number, 0], device=device) for number in range(1000)]
     mine, theirs = iter(states * 1000), iter(states * 1000)
     yield Case(
         "sample_gates",
@@ -201,13 +223,14 @@ def gate_cases() -> Iterator[Case]:
     sections, rows = 1000, 256
     slope = torch.randn(sections, rows, generator=generator)
     counted = torch.rand(sections, rows, generator=generator) < 1 / 8
-    given = (slope, counted, torch.full((sections,), 0.05), torch.ones(sections, dtype=torch.bool))
+    penalty, free = torch.full((sections,), 0.05), torch.ones(sections, dtype=torch.bool)
+    given = tuple(tensor.to(device) for tensor in (slope, counted, penalty, free))
     numbers = {"horizon": 50.0, "noise_factor": 4.0, "decay": 0.98, "confidence": 2.0}
     states = [
         (
-            torch.full((sections,), 0.5),
-            torch.zeros(projected_step.STATISTICS, sections),
-            torch.zeros(sections, dtype=torch.bool),
+            torch.full((sections,), 0.5, device=device),
+            torch.zeros(projected_step.STATISTICS, sections, device=device),
+            torch.zeros(sections, dtype=torch.bool, device=device),
         )
         for _ in range(2)
     ]

@@ -1,6 +1,10 @@
 """What the operations cost: time, bytes, GB/s, against copies, eager PyTorch and torch.compile.
 
     python benchmarks/operations.py --output benchmarks/results/operations-cpu.json
+    python benchmarks/operations.py --device cuda
+
+The second one writes to the GPU's folder in benchmarks/results, and `device_operations` says how it
+measures. What follows is of the first.
 
 Every case is measured in one run with its baselines, by turns, after their results were compared:
   eager     the same as one writes it in PyTorch, on the same rows; for the draw and the step the
@@ -21,19 +25,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import device_operations
 import torch
 from machine import MEMORY, facts, hand_out_memory, write_result
-from operation_cases import SHAPES, Case, gate_cases, residual_cases
+from operation_cases import SHAPES, Case, gate_cases, mean_error, residual_cases
 
 from layerprune import ops
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--shares", nargs="+", type=float, default=[1, 0.75, 0.5, 0.25])
@@ -42,6 +49,11 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("--device cuda: there is no GPU that torch can use")
+        device_operations.run(options)
+        return
     print(HEADER)
     rows = []
     for memory, case in all_cases(options):
@@ -78,9 +90,7 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     expected = case.ours()
     for kind, function in functions.items():
         for found, want in zip(function() if kind != "ours" else expected, expected, strict=True):
-            # In the mean: where a sum rounds to either side of 0, ReLU's gradients are far apart.
-            difference = (found.double() - want.double()).abs().sum()
-            error = difference / want.double().abs().sum().clamp(min=1e-30)
+            error = mean_error(found, want)
             assert error <= case.tolerance, f"{case.name} {case.labels}: {kind} differs by {error}"
     if case.returned:
         everything = torch.arange(case.returned[0].shape[0])

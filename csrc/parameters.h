@@ -29,6 +29,15 @@ LAYERPRUNE_INLINE bool row_exists(int64_t row, int64_t rows) { return row >= 0 &
 
 enum class SumForm { kAdd, kAddRelu, kLerp };
 
+// The gates of one section under the independent scheme without probes, drawn where they are used:
+// no mask is kept for the backward.
+struct SampledGates {
+  const int64_t* rng_state;  // null: the gates are given
+  uint32_t section;
+  const float* theta;  // one
+  float* gates;        // what was drawn, of the forward; null in the backward
+};
+
 // y_b = act(x_b + gate_b * branch[slot_b]), or the linear interpolation.
 struct ForwardParams {
   ElementType type;
@@ -39,7 +48,8 @@ struct ForwardParams {
   RowsIn x;
   RowsIn branch;
   RowsOut y;
-  const float* gate;
+  const float* gate;  // unless they are sampled
+  SampledGates sampled;
   const int32_t* slot;  // null: the rows correspond
 };
 
@@ -57,7 +67,8 @@ struct BackwardParams {
   const int64_t* factor_row;  // row of `factor` for each row of grad or -1; null: as of the branch
   RowsOut d_x;
   RowsOut d_branch;
-  const float* gate;
+  const float* gate;  // unless they are sampled
+  SampledGates sampled;
   const int32_t* slot;
   double* gate_sums;  // [rows, segments]: the gate's gradient in parts, see kSegment
 };
@@ -158,15 +169,6 @@ struct DrawParams {
   int64_t* rows;
   int64_t* probes;
   int64_t* counts;
-};
-
-// The gates of one section under the independent scheme without probes.
-struct IndependentParams {
-  const int64_t* rng_state;
-  uint32_t section;
-  const float* theta;  // one
-  int64_t rows;
-  float* gates;
 };
 
 // One projected step of all sections; see layerprune.ops.projected_gate_step_.

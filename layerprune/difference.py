@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from layerprune import ops
 from layerprune.elimination import Measurement
 from layerprune.gates import Gate
+from layerprune.transfer import HostCopy, to_device
 
 _PATH_STREAM = 1 << 61
 """Sets the random stream of the output path apart from the one of the gates."""
@@ -193,8 +194,9 @@ class OutputPath:
     def _move(self, leaf: Tensor, other: Tensor) -> Tensor:
         away = (other - leaf).detach()
         by_row = leaf.dim() > 0 and leaf.shape[0] == self._t.shape[0]
-        t = self._t.to(leaf.device)
-        place = t.view(-1, *[1] * (leaf.dim() - 1)) if by_row else t[0]
+        # A number of the host goes along with any device's tensors.
+        (t,) = to_device([self._t], leaf.device) if by_row else [self._t[0]]
+        place = t.view(-1, *[1] * (leaf.dim() - 1)) if by_row else t
         moved = leaf + (place * away).to(leaf.dtype)
 
         def record(gradient: Tensor) -> None:
@@ -211,18 +213,39 @@ class OutputPath:
         moved.register_hook(record)
         return moved
 
-    def result(self, scale: float = 1.0) -> Measurement | None:
-        """The measurement, or None if no gradient came.
+    def result(self) -> PendingMeasurement | None:
+        """The measurement, on its way to the host, or None if no gradient came."""
+        if self._per_row is None and self._common is None:
+            return None
+        return PendingMeasurement(self.index, self._per_row, self._common)
+
+
+class PendingMeasurement:
+    """One batch's whole-section difference, on its way to the host.
+
+    Args:
+        section: the section measured.
+        per_row: float64 ``[B]``, each row's difference, or None.
+        common: float64 scalar, what the rows share, or None.
+    """
+
+    def __init__(self, section: int, per_row: Tensor | None, common: Tensor | None) -> None:
+        self.section = section
+        self._kinds = [kind is not None for kind in (per_row, common)]
+        self._copy = HostCopy([kind for kind in (per_row, common) if kind is not None])
+
+    def get(self, scale: float = 1.0) -> Measurement:
+        """The measurement.
 
         Args:
             scale: divisor of the gradients, as a gradient scaler's.
         """
-        if self._per_row is None and self._common is None:
-            return None
-        common = 0.0 if self._common is None else float(self._common) / scale
-        if self._per_row is None:
+        arrived = iter(self._copy.get())
+        rows, common = (next(arrived) if there else None for there in self._kinds)
+        common = 0.0 if common is None else float(common) / scale
+        if rows is None:
             return Measurement(common, math.nan, math.nan, 0)
-        rows = self._per_row / scale
+        rows = rows / scale
         count = rows.shape[0]
         mean = rows.mean()
         third = float((rows - mean).pow(3).mean())

@@ -195,6 +195,11 @@ class SequentialTest:
             return True
         return student_tail(excess / error, freedom) < self._level(section, self.looks)
 
+    @staticmethod
+    def looks_at(count: int) -> bool:
+        """Whether the test looks at this number of batches."""
+        return count >= 2 and count & (count - 1) == 0
+
     def verdict(self, section: int, penalty: float) -> Verdict | None:
         """The verdict of a look, or None between looks and while the test is undecided.
 
@@ -202,7 +207,7 @@ class SequentialTest:
         network it speaks of is gone.
         """
         count = self.batches(section)
-        if count < 2 or count & (count - 1):
+        if not self.looks_at(count):
             return None
         found = self.evidence(section)
         high, low = found.tails(penalty)

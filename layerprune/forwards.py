@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from layerprune.cost import batch_size_of
-from layerprune.difference import OutputPath
-from layerprune.elimination import Measurement
+from layerprune.difference import OutputPath, PendingMeasurement
 from layerprune.ledger import BACKWARD
 from layerprune.run import RunState
 
@@ -70,14 +69,10 @@ class Forwards:
             self._path.abandon()
         self._run.bank.open_all()
 
-    def measurement(self, scale: float) -> Measurement | None:
-        """The decision test's measurement since the last call, if there was one.
-
-        Args:
-            scale: divisor of the gradients.
-        """
+    def measurement(self) -> PendingMeasurement | None:
+        """The decision test's measurement since the last call, if there was one."""
         path, self._path = self._path, None
-        return None if path is None else path.result(scale)
+        return None if path is None else path.result()
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._path is not None and self._path.waiting:
@@ -117,7 +112,8 @@ class Forwards:
         learning = run.phase == "learning"
         if run.phase == "warm-up" or (learning and run.config.rule != "test"):
             return None
-        return run.judge.choose(run.step_count, run.bank.theta, run.status, learning)
+        awaited = run.evidence.measurements_of(run.judge.current)
+        return run.judge.choose(run.step_count, run.bank.theta, run.status, learning, awaited)
 
     def _nearest_end(self, index: int) -> float:
         return 1.0 if float(self._run.bank.theta[index]) >= 0.5 else 0.0

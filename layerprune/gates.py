@@ -11,13 +11,8 @@ from torch import Tensor
 
 from layerprune import ops
 from layerprune.config import PruneConfig
-
-THETA_LAG = 2
-"""Steps by which a draw's theta lags the newest one.
-
-Rows are chosen on the host before a branch is launched; a fixed lag lets an accelerator copy theta
-back without a stall, and is the same on every device so that runs agree.
-"""
+from layerprune.gradients import GateGradients
+from layerprune.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -107,6 +102,9 @@ class Gate:
 class GateBank:
     """The gates of all sections: theta, the random stream, the draws waiting for their gradients.
 
+    Theta is on the host on every device: the rows on which a branch runs must be known there before
+    it is launched.
+
     Args:
         names: a name for each section.
         config: how gates are drawn and probed.
@@ -122,9 +120,6 @@ class GateBank:
         self.probe_rate = torch.zeros(len(names))
         self.seed = seed
         self.draw_number = 0
-        self._lagged: deque[Tensor] = deque(
-            [self.theta.clone() for _ in range(THETA_LAG)], maxlen=THETA_LAG
-        )
         self._pending: list[tuple[dict[int, Tensor], Tensor]] = []
 
     def draw(
@@ -148,7 +143,7 @@ class GateBank:
         Returns:
             For each section, the number of rows on which its branch runs.
         """
-        theta, probe_rate = self._lagged[0], self.probe_rate
+        theta, probe_rate = self.theta, self.probe_rate
         if forced:
             theta, probe_rate = theta.clone(), probe_rate.clone()
             for index, value in forced.items():
@@ -167,9 +162,13 @@ class GateBank:
         self.draw_number += 1
         everywhere = self.config.estimator == "taylor"
         # One call for all sections wherever possible: a step on small images is short.
-        gates, slots = drawn.gates.to(device).unbind(), drawn.slots.to(device).unbind()
-        rows = drawn.rows.to(device).unbind()
-        graded_rows = rows if everywhere else drawn.probes.to(device).unbind()
+        rows, graded_rows, gates, slots = (
+            tensor.unbind()
+            for tensor in to_device(
+                (drawn.rows, drawn.rows if everywhere else drawn.probes, drawn.gates, drawn.slots),
+                device,
+            )
+        )
         counts, thetas = drawn.counts.tolist(), theta.tolist()
         leaves: dict[int, Tensor] = {}
         running = []
@@ -208,46 +207,20 @@ class GateBank:
         for gate in self.gates:
             gate.draw = None
 
-    def collect(
-        self, rows_factor: Callable[[int], float], scale: float
-    ) -> tuple[Tensor, Tensor] | None:
-        """Gate gradients since the last call.
-
-        Args:
-            rows_factor: what turns dC/dgate of a row into the derivative of the row's own loss, by
-                batch size.
-            scale: divisor of the gradients.
-
-        Returns:
-            ``slope`` float32 ``[L, R]`` and ``counted`` bool ``[L, R]`` over all rows of all draws,
-            or ``None`` without evidence. A missing gradient is no evidence; it is not a zero.
-        """
-        slopes, counts = [], []
-        for leaves, graded in self._pending:
-            silent = torch.zeros(graded.shape[1])
-            given = {index: leaf.grad for index, leaf in leaves.items() if leaf.grad is not None}
-            slope = torch.stack(
-                [given[i].cpu() if i in given else silent for i in range(len(self.gates))]
-            )
-            heard = torch.tensor([i in given for i in range(len(self.gates))])
-            slopes.append(slope * (rows_factor(graded.shape[1]) / scale))
-            counts.append(graded & heard[:, None])
-        self._pending.clear()
-        if not slopes:
-            return None
-        return torch.cat(slopes, 1), torch.cat(counts, 1)
+    def collect(self) -> GateGradients | None:
+        """Gate gradients of the draws since the last call, or None without a draw."""
+        draws, self._pending = self._pending, []
+        return GateGradients(draws) if draws else None
 
     def advance(self) -> None:
-        """Ends a step: the newest theta enters the lag, and evaluation follows it."""
-        self._lagged.append(self.theta.clone())
+        """Ends a step: evaluation follows the new theta."""
         for gate, value in zip(self.gates, self.theta.tolist(), strict=True):
             gate.is_open = value >= 0.5
 
     def state_dict(self) -> dict:
-        """Theta with its pending values, and the place in the random stream."""
+        """Theta, the probe rates, and the place in the random stream."""
         return {
             "theta": self.theta.clone(),
-            "lagged": [value.clone() for value in self._lagged],
             "probe_rate": self.probe_rate.clone(),
             "seed": self.seed,
             "draw_number": self.draw_number,
@@ -257,7 +230,5 @@ class GateBank:
         """Restores what `state_dict` returned."""
         self.theta.copy_(state["theta"])
         self.probe_rate.copy_(state["probe_rate"])
-        self._lagged.extend(value.clone() for value in state["lagged"])
         self.seed, self.draw_number = state["seed"], state["draw_number"]
-        for gate, value in zip(self.gates, self.theta.tolist(), strict=True):
-            gate.is_open = value >= 0.5
+        self.advance()

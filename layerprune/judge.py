@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerprune.config import PruneConfig
 from layerprune.elimination import Measurement, SequentialTest, Verdict
+from layerprune.evidence import EVIDENCE_LAG
 
 Status = Literal["open", "settled", "eliminated"]
 
@@ -77,19 +78,36 @@ class Judge:
         self.due = [0] * count
         self.settlings = [0] * count
 
-    def choose(self, step: int, theta: Tensor, status: list[Status], learning: bool) -> int | None:
+    def choose(
+        self, step: int, theta: Tensor, status: list[Status], learning: bool, awaited: int = 0
+    ) -> int | None:
         """The section to measure in this step, or None.
 
         While learning: those that theta says are decided, then those it leans to keep, then settled
-        ones, whichever are due. Afterwards every section still open.
+        ones, whichever are due. Afterwards every section still open. Where measurements that are
+        not heard yet may decide about the current section, nothing is measured meanwhile.
+
+        Args:
+            step: steps done.
+            theta: float32 ``[L]``.
+            status: of every section.
+            learning: whether learning goes on.
+            awaited: measurements of the current section that were made and not heard.
         """
         if self.current is not None:
-            return self.current
+            return None if awaited and self._decides(awaited, learning) else self.current
         for group in self._groups(step, theta.tolist(), status, learning):
             if group:
                 index = min(group, key=lambda i: (self.turn[i], float(theta[i]), i))
                 return self._start(index, step, learning)
         return None
+
+    def _decides(self, awaited: int, learning: bool) -> bool:
+        """Whether so many measurements more may end what the current section is measured for."""
+        count = self.test.batches(self.current) + awaited
+        if not learning:
+            return count >= self.rounding_batches
+        return self.piloting or self.test.looks_at(count)
 
     def _groups(
         self, step: int, theta: list[float], status: list[Status], learning: bool
@@ -156,11 +174,16 @@ class Judge:
         self.due[index] = step + self.recheck * 2 ** self.settlings[index]
 
     def begin_rounding(self, undecided: int, steps: int) -> None:
-        """Starts the measurements of undecided sections afresh, within half of the steps left."""
+        """Starts the measurements of undecided sections afresh.
+
+        They take half of the steps left, where there are enough. A section's verdict falls when its
+        last measurement is heard.
+        """
         if self.current is not None:
             self.test.reset(self.current)
         self.current, self.piloting = None, False
-        self.rounding_batches = max(1, min(ROUNDING_BATCHES, steps // (2 * max(undecided, 1))))
+        affordable = steps // (2 * max(undecided, 1)) - EVIDENCE_LAG
+        self.rounding_batches = max(1, min(ROUNDING_BATCHES, affordable))
 
     def state_dict(self) -> dict:
         """The queue and the test's evidence."""

@@ -13,6 +13,7 @@ from layerprune.config import Phase, PruneConfig, Schedule
 from layerprune.cost import Inputs, evaluating, forward_flops, relative_costs
 from layerprune.decisions import apply_verdict, attracted, check_decay, round_by_theta
 from layerprune.difference import measured_difference
+from layerprune.evidence import PendingEvidence, StepEvidence
 from layerprune.forwards import Forwards
 from layerprune.gates import GateBank
 from layerprune.judge import Event, Judge, Status
@@ -220,6 +221,9 @@ class LayerPruner:
     ) -> StepReport:
         """Ends a training step: moves theta, decides, and compacts model and optimizer.
 
+        What it does rests on the backwards up to the step before: this step's evidence is sent to
+        the host, where nobody waits for it.
+
         Call it after ``optimizer.step()`` and before ``optimizer.zero_grad()``; with a scaler,
         between ``scaler.step`` and ``scaler.update``.
 
@@ -230,7 +234,8 @@ class LayerPruner:
                 number.
 
         Raises:
-            FloatingPointError: if a gate's gradient is not finite and no scaler accounts for it.
+            FloatingPointError: if a gate's gradient was not finite in the step before, and no
+                scaler accounts for it.
             TypeError: if the optimizer cannot be compacted.
             ValueError: if the optimizer holds none of the model's parameters.
         """
@@ -242,8 +247,18 @@ class LayerPruner:
                     check_decay(run, optimizer)
                 self._optimizer = optimizer
             phase, first_event = run.phase, len(run.events)
-            scale = (scaler.get_scale() if scaler is not None else 1.0) / accumulation
-            gone = self._learn(scale, skipping=scaler is not None)
+            run.evidence.put(
+                PendingEvidence(
+                    run.step_count + 1,
+                    run.bank.collect(),
+                    self._forwards.measurement(),
+                    self._rows_factor,
+                    scaler,
+                    accumulation,
+                    next(self.model.parameters()).device,
+                )
+            )
+            gone = self._learn(run.evidence.take(), skipping=scaler is not None)
             if run.step_count + 1 == run.schedule.total_steps:
                 gone += round_by_theta(run, leaving=gone)
             if gone:
@@ -340,29 +355,24 @@ class LayerPruner:
     def _rows_factor(self, batch_size: int) -> float:
         return float(batch_size) if self.loss_reduction == "mean" else 1.0
 
-    def _learn(self, scale: float, skipping: bool) -> list[int]:
-        """Takes in the step's evidence; returns the sections that it eliminates."""
+    def _learn(self, evidence: StepEvidence | None, skipping: bool) -> list[int]:
+        """Learns from a step's evidence; returns the sections that it eliminates."""
         run = self._run
-        evidence = run.bank.collect(self._rows_factor, scale)
-        measured = self._forwards.measurement(scale)
-        finite = (evidence is None or bool(evidence[0].isfinite().all())) and (
-            measured is None or measured.is_finite
-        )
-        if not finite:
+        if evidence is not None and not evidence.is_finite:
             if skipping:
                 return []
             raise FloatingPointError(
-                f"a gate's gradient is not finite in step {run.step_count + 1}: the loss or the "
+                f"a gate's gradient is not finite in step {evidence.step}: the loss or the "
                 "model's outputs overflowed"
             )
-        if evidence is not None and run.phase != "cool-down":
-            self._learner.move(*evidence)
+        if evidence is not None and evidence.slope is not None and run.phase != "cool-down":
+            self._learner.move(evidence.slope, evidence.counted)
         if run.config.rule == "attraction" and run.phase == "learning":
             return attracted(run)
         index = run.judge.current
-        if index is None or measured is None:
+        if index is None or evidence is None or evidence.section != index:
             return []
-        verdict = run.judge.hear(measured, run.step_count, run.phase == "learning")
+        verdict = run.judge.hear(evidence.measurement, run.step_count, run.phase == "learning")
         if verdict is None or not apply_verdict(run, self._learner, index, verdict):
             return []
         return [index]

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from layerprune.config import Phase, PruneConfig, Schedule
+from layerprune.evidence import EvidenceQueue
 from layerprune.gates import GateBank
 from layerprune.judge import Event, Judge, Status
 from layerprune.ledger import Ledger
 from layerprune.sections import Section
 
-FORMAT = 1
+FORMAT = 2
 """Version of `RunState.state_dict`."""
 
 
@@ -29,6 +30,7 @@ class RunState:
         bank: the gates, theta and the random stream.
         judge: the decision tests.
         status: what became of each section.
+        evidence: what the last steps said and is not learnt from yet.
         step_count: steps done.
         learning_since: the step at which theta began to move; None before.
         events: the decisions, in their order.
@@ -42,6 +44,7 @@ class RunState:
     bank: GateBank
     judge: Judge
     status: list[Status]
+    evidence: EvidenceQueue = field(default_factory=EvidenceQueue)
     step_count: int = 0
     learning_since: int | None = None
     events: list[Event] = field(default_factory=list)
@@ -71,6 +74,7 @@ class RunState:
             "config": asdict(self.config),
             "bank": self.bank.state_dict(),
             "judge": self.judge.state_dict(),
+            "evidence": self.evidence.state_dict(),
             "events": [asdict(event) for event in self.events],
             "ledger": asdict(self.ledger),
         }
@@ -109,5 +113,6 @@ class RunState:
         self.status[:] = state["status"]
         self.bank.load_state_dict(state["bank"])
         self.judge.load_state_dict(state["judge"])
+        self.evidence.load_state_dict(state["evidence"])
         self.events[:] = [Event(**event) for event in state["events"]]
         self.ledger = Ledger(**state["ledger"])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from layerprune import LayerPruner, PruneConfig
 from layerprune.difference import measured_difference
-from layerprune.gates import THETA_LAG, SectionDraw
+from layerprune.gates import SectionDraw
 from layerprune.models import resnet
 
 BATCH = 32
@@ -99,8 +99,6 @@ def _collect(pruner, model, digits, theta, steps):
     images, labels = digits
     bank = pruner._run.bank
     bank.theta.fill_(theta)
-    for _ in range(THETA_LAG):
-        bank.advance()
     bank.probe_rate.fill_(0.15)
     pruner._run.judge.choose = lambda *args, **kwargs: None
     generator = torch.Generator().manual_seed(2)
@@ -109,7 +107,7 @@ def _collect(pruner, model, digits, theta, steps):
         rows = torch.randint(0, len(images), (BATCH,), generator=generator)
         x, y = images[rows], labels[rows]
         F.cross_entropy(model(x), y).backward()
-        slope, counted = bank.collect(pruner._rows_factor, 1.0)
+        slope, counted = bank.collect().evidence(pruner._rows_factor, 1.0)
         estimate = torch.where(counted, slope, 0).sum(1) / counted.sum(1)
         exact = torch.tensor(
             [

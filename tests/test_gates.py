@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layerprune import GatedResidual, LayerPruner, PruneConfig
-from layerprune.gates import THETA_LAG, Gate, GateBank, SectionDraw
+from layerprune.gates import Gate, GateBank, SectionDraw
 
 ROWS = 24
 
@@ -48,8 +48,6 @@ def test_marginals_through_the_bank(scheme):
     bank = GateBank(["a", "b", "c"], config, seed=5)
     bank.theta.copy_(theta)
     bank.probe_rate.copy_(rate)
-    for _ in range(THETA_LAG):
-        bank.advance()
     opened, probed, count = torch.zeros(3, ROWS), torch.zeros(3, ROWS), 2500
     for _ in range(count):
         bank.draw(ROWS, record=False)
@@ -112,28 +110,11 @@ def test_another_seed_draws_otherwise():
     assert drawn[0].equal(drawn[2]) and not drawn[0].equal(drawn[1])
 
 
-def test_theta_reaches_the_draw_after_two_steps():
-    bank = GateBank(["a"], PruneConfig(theta_init=0.0), seed=0)
-    opened = []
-    for step in range(5):
-        if step == 1:
-            bank.theta.fill_(1.0)
-        bank.draw(8)
-        draw = bank.gates[0].draw
-        opened.append(8.0 * draw if isinstance(draw, bool) else float(draw.gate.sum()))
-        bank.advance()
-    # Set before the draw of step 1, which still saw the 0; so did step 2's.
-    assert THETA_LAG == 2
-    assert opened == [0.0, 0.0, 0.0, 8.0, 8.0]
-
-
 def _bank(theta, rate=0.0, **config):
-    """A bank of one section for each theta; the draws already see it."""
+    """A bank of one section for each theta."""
     bank = GateBank([f"s{k}" for k in range(len(theta))], PruneConfig(**config), seed=1)
     bank.theta.copy_(torch.tensor(theta))
     bank.probe_rate.fill_(rate)
-    for _ in range(THETA_LAG):
-        bank.advance()
     return bank
 
 
@@ -200,8 +181,6 @@ def test_an_idle_section_costs_nothing_and_learns_nothing(rows):
     pruner = _pruner(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     pruner._run.bank.theta[1] = 0.0
-    for _ in range(THETA_LAG):
-        pruner._run.bank.advance()
     pruner._learner.allocate_probes()
     assert pruner._run.bank.probe_rate[1] == 0
     called = []
@@ -228,12 +207,12 @@ def test_a_forward_without_gradient_is_no_evidence():
     spent = pruner.ledger.train_flops
     with torch.no_grad():
         model(torch.randn(ROWS, 4))
-    assert pruner._run.bank.collect(lambda rows: 1.0, 1.0) is None
+    assert pruner._run.bank.collect() is None
     assert pruner.ledger.train_flops == spent
     model(torch.randn(ROWS, 4)).sum().backward()
     with torch.no_grad():
         model(torch.randn(ROWS, 4))
-    _, counted = pruner._run.bank.collect(lambda rows: 1.0, 1.0)
+    _, counted = pruner._run.bank.collect().evidence(lambda rows: 1.0, 1.0)
     assert counted.shape[1] == ROWS
 
 
@@ -245,7 +224,7 @@ def test_evaluation_draws_nothing():
     x = torch.randn(ROWS, 4)
     assert model(x).equal(model(x))
     assert pruner._run.bank.draw_number == number
-    assert pruner._run.bank.collect(lambda rows: 1.0, 1.0) is None
+    assert pruner._run.bank.collect() is None
 
 
 @pytest.mark.parametrize("theta, is_open", [(0.0, False), (0.49, False), (0.5, True), (1.0, True)])
@@ -272,13 +251,13 @@ def test_every_forward_before_a_step_counts():
             expected = torch.zeros(size)
             expected[draw.probes] = draw.gate.grad[draw.probes] * size / 4.0
             rows.append((index, size, expected, draw.probes))
-    slope, counted = pruner._run.bank.collect(float, 4.0)
+    slope, counted = pruner._run.bank.collect().evidence(float, 4.0)
     assert slope.shape == counted.shape == (3, 20)
     for index, size, expected, probes in rows:
         part = slice(0, 8) if size == 8 else slice(8, 20)
         torch.testing.assert_close(slope[index, part], expected)
         assert counted[index, part].nonzero().flatten().equal(probes)
-    assert pruner._run.bank.collect(float, 1.0) is None
+    assert pruner._run.bank.collect() is None
 
 
 def test_a_missing_gradient_is_no_evidence():
@@ -300,10 +279,10 @@ def test_a_missing_gradient_is_no_evidence():
         model, example_inputs=torch.zeros(2, 4), total_steps=100, strength=0.1, cost="uniform"
     )
     model(torch.randn(ROWS, 4)).square().mean().backward()
-    _, counted = pruner._run.bank.collect(float, 1.0)
+    _, counted = pruner._run.bank.collect().evidence(float, 1.0)
     assert bool(counted[0].any()) and not bool(counted[1].any())
     model(torch.randn(ROWS, 4))
-    _, counted = pruner._run.bank.collect(float, 1.0)
+    _, counted = pruner._run.bank.collect().evidence(float, 1.0)
     assert not counted.any()
 
 
@@ -378,6 +357,5 @@ def test_the_state_of_a_bank_is_a_copy():
     before = copy.deepcopy(state)
     bank.theta.fill_(1.0)
     bank.probe_rate.fill_(0.5)
-    bank.advance()
     bank.draw(4)
     assert repr(state) == repr(before)

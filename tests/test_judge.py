@@ -216,6 +216,47 @@ def test_rounding_ends_within_half_of_the_steps(undecided, steps):
     assert used <= max(steps / 2, undecided)
 
 
+@pytest.mark.parametrize("undecided, steps", [(4, 1000), (4, 40), (4, 24), (1, 4)])
+def test_rounding_ends_within_half_of_the_steps_also_when_heard_late(undecided, steps):
+    """Each measurement is heard in the step after the one that made it."""
+    judge = _judge()
+    judge.begin_rounding(undecided, steps)
+    status = ["open"] * undecided + ["eliminated"] * (4 - undecided)
+    used, awaited = 0, []
+    while "open" in status:
+        index = judge.choose(used, torch.full((4,), 0.5), status, False, len(awaited))
+        if index is not None:
+            awaited.append(index)
+        used += 1
+        if len(awaited) > 1 or (index is None and awaited):
+            heard = awaited.pop(0)
+            if _hear(judge, 0.0, variance=10.0, step=used, learning=False) is not None:
+                status[heard] = "eliminated"
+    assert used <= steps / 2 and not awaited
+
+
+# What is on its way
+
+
+@pytest.mark.parametrize("batches", range(1, 9))
+def test_nothing_is_measured_while_a_look_is_awaited(batches):
+    """A look of 2, 4 or 8 batches may decide; the batch behind it would be measured in vain."""
+    judge = _judge()
+    _piloted(judge, 0, torch.zeros(4), OPEN)
+    for _ in range(batches - 1):
+        judge.test.add(judge.current, Measurement(-PENALTY, 1.0, 0.0, 64))
+    chosen = judge.choose(1, torch.zeros(4), OPEN, True, awaited=1)
+    assert chosen == (None if batches in (2, 4, 8) else judge.current)
+    assert judge.choose(1, torch.zeros(4), OPEN, True, awaited=0) == judge.current
+
+
+def test_nothing_is_measured_while_a_pilot_is_awaited():
+    judge = _judge()
+    judge.choose(0, torch.zeros(4), OPEN, True)
+    assert judge.piloting
+    assert judge.choose(1, torch.zeros(4), OPEN, True, awaited=1) is None
+
+
 @pytest.mark.parametrize("piloting", [True, False])
 def test_rounding_begins_afresh(piloting):
     judge = _judge()

@@ -61,6 +61,18 @@ void run_kernel(void (*kernel)(const Params&, int64_t, int64_t), const Params& p
                               [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
+// Draws all gates ahead: the kernels take rows by segments, and words are cheapest in a row.
+void draw(const SampledGates& sampled, int64_t rows, float* gates) {
+  std::vector<uint32_t> words(4 * rows);
+  uint32_t* const each[4] = {words.data(), words.data() + rows, words.data() + 2 * rows,
+                             words.data() + 3 * rows};
+  cpu_kernels().row_words(stream_of(sampled.rng_state), sampled.section,
+                          first_row_of(sampled.rng_state), rows, each);
+  for (int64_t row = 0; row < rows; ++row) {
+    gates[row] = independent_gate(*sampled.theta, each[3][row]);
+  }
+}
+
 }  // namespace
 
 // Fresh memory costs a page fault for every page, often more than the operation itself: asks for
@@ -123,12 +135,22 @@ void check_distinct_slots(const Tensor& slot, int64_t branch_rows) {
 }
 
 void run(ForwardParams p, int32_t) {
+  if (p.sampled.rng_state != nullptr) {
+    draw(p.sampled, p.rows, p.sampled.gates);
+    p.gate = p.sampled.gates;
+  }
   const int64_t row_bytes = p.size * element_bytes(p.type);
   p.non_temporal = non_temporal((2 * p.rows + p.branch.rows) * row_bytes, row_bytes, {p.y});
   run_kernel(cpu_kernels().forward, p);
 }
 
 void run(BackwardParams p, int32_t) {
+  std::vector<float> gates;
+  if (p.sampled.rng_state != nullptr) {
+    gates.resize(p.rows);
+    draw(p.sampled, p.rows, gates.data());
+    p.gate = gates.data();
+  }
   const int64_t row_bytes = p.size * element_bytes(p.type);
   const int64_t rows_moved = 2 * p.rows + p.d_branch.rows;
   p.non_temporal = non_temporal(rows_moved * row_bytes, row_bytes, {p.d_x, p.d_branch});
@@ -170,17 +192,6 @@ void run(const InverseParams& p, int32_t) {
 
 void run(const FactorRowsParams& p, int32_t) {
   for (int64_t i = 0; i < p.count; ++i) choose_factor_row(p, i);
-}
-
-void run(const IndependentParams& p, int32_t) {
-  std::vector<uint32_t> words(4 * p.rows);
-  uint32_t* const each[4] = {words.data(), words.data() + p.rows, words.data() + 2 * p.rows,
-                             words.data() + 3 * p.rows};
-  cpu_kernels().row_words(stream_of(p.rng_state), p.section, first_row_of(p.rng_state), p.rows,
-                          each);
-  for (int64_t row = 0; row < p.rows; ++row) {
-    p.gates[row] = independent_gate(*p.theta, each[3][row]);
-  }
 }
 
 void run(const DrawParams& p, int32_t) {

@@ -40,7 +40,6 @@ void run(const ScatterAddParams& p, int32_t device) { launch_on(device, p); }
 void run(const DifferenceParams& p, int32_t device) { launch_on(device, p); }
 void run(const InverseParams& p, int32_t device) { launch_on(device, p); }
 void run(const FactorRowsParams& p, int32_t device) { launch_on(device, p); }
-void run(const IndependentParams& p, int32_t device) { launch_on(device, p); }
 void run(const DrawParams& p, int32_t device) { launch_on(device, p); }
 void run(const StepParams& p, float* scratch, int32_t device) { launch_on(device, p, scratch); }
 

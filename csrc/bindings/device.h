@@ -31,7 +31,6 @@ void run(const ScatterAddParams& params, int32_t device);
 void run(const DifferenceParams& params, int32_t device);
 void run(const InverseParams& params, int32_t device);
 void run(const FactorRowsParams& params, int32_t device);
-void run(const IndependentParams& params, int32_t device);
 void run(const DrawParams& params, int32_t device);
 
 // A step works in `step_scratch` numbers of scratch, null where that is none.

@@ -14,7 +14,36 @@ SumForm sum_form(bool relu, bool lerp) {
   return lerp ? SumForm::kLerp : relu ? SumForm::kAddRelu : SumForm::kAdd;
 }
 
-Tensor forward(const Tensor& x, const Tensor& branch, const Tensor& gate,
+// Where the gates come from: a tensor of them, or what they are drawn from.
+struct Gates {
+  const float* given;
+  SampledGates sampled;
+};
+
+Gates given(const Tensor& gate) { return {read<float>(gate), {}}; }
+
+// What gates are drawn from, as it must be for so many rows on the device of `like`.
+class Sampling {
+ public:
+  Sampling(const Tensor& theta, const Tensor& rng_state, int64_t section, const Tensor& rows)
+      : theta_(checked("theta", theta, rows, ScalarType::Float, {})),
+        state_(checked("rng_state", rng_state, rows, ScalarType::Long, {3})),
+        section_(static_cast<uint32_t>(section)) {
+    check_probabilities("theta", theta_);
+    check_first_row(state_, rows.size(0));
+  }
+
+  Gates gates(float* drawn) const {
+    return {nullptr, {read<int64_t>(state_), section_, read<float>(theta_), drawn}};
+  }
+
+ private:
+  Tensor theta_;
+  Tensor state_;
+  uint32_t section_;
+};
+
+Tensor forward(const Tensor& x, const Tensor& branch, const Gates& gates,
                const std::optional<Tensor>& slot, SumForm form) {
   check_rows_like("branch", branch, x);
   check_slots(slot, x.size(0), branch.size(0));
@@ -29,7 +58,8 @@ Tensor forward(const Tensor& x, const Tensor& branch, const Tensor& gate,
   p.x = rows_in(input);
   p.branch = rows_in(other);
   p.y = rows_out(y);
-  p.gate = read<float>(gate);
+  p.gate = gates.given;
+  p.sampled = gates.sampled;
   p.slot = read<int32_t>(slot);
   run(p, x.get_device_index());
   return y;
@@ -86,10 +116,10 @@ class GateGradient {
 struct Gradients {
   Tensor d_x;
   Tensor d_branch;
-  Tensor d_gate;
+  std::optional<Tensor> d_gate;  // where there is a factor
 };
 
-Gradients backward(const Tensor& grad, const std::optional<Tensor>& y, const Tensor& gate,
+Gradients backward(const Tensor& grad, const std::optional<Tensor>& y, const Gates& gates,
                    const std::optional<Tensor>& slot, const std::optional<Tensor>& factor,
                    const std::optional<Tensor>& gate_grad_rows, int64_t branch_rows, bool lerp) {
   const int64_t batch = grad.size(0);
@@ -115,7 +145,8 @@ Gradients backward(const Tensor& grad, const std::optional<Tensor>& y, const Ten
   p.y = rows_in(output);
   p.d_x = rows_out(d_x);
   p.d_branch = rows_out(d_branch);
-  p.gate = read<float>(gate);
+  p.gate = gates.given;
+  p.sampled = gates.sampled;
   p.slot = read<int32_t>(slot);
   std::optional<GateGradient> gate_gradient;
   if (factor) gate_gradient.emplace(*factor, gate_grad_rows, branch_rows, grad, format, p);
@@ -128,28 +159,10 @@ Gradients backward(const Tensor& grad, const std::optional<Tensor>& y, const Ten
     unread.owner = read<int64_t>(owner);
     run(unread, device);
   }
-  if (!gate_gradient) return {d_x, d_branch, torch::stable::new_zeros(gate, {batch})};
-  const Tensor d_gate = torch::stable::new_empty(gate, {batch});
+  if (!gate_gradient) return {d_x, d_branch, std::nullopt};
+  const Tensor d_gate = torch::stable::new_empty(grad, {batch}, ScalarType::Float);
   gate_gradient->write_to(d_gate);
   return {d_x, d_branch, d_gate};
-}
-
-// The gates of one section under the independent scheme without probes: float32 [batch].
-Tensor independent_gates(const Tensor& theta, const Tensor& rng_state, int64_t section,
-                         const Tensor& rows) {
-  const Tensor keep = checked("theta", theta, rows, ScalarType::Float, {});
-  const Tensor state = checked("rng_state", rng_state, rows, ScalarType::Long, {3});
-  check_probabilities("theta", keep);
-  check_first_row(state, rows.size(0));
-  const Tensor gates = torch::stable::new_empty(theta, {rows.size(0)});
-  IndependentParams p{};
-  p.rng_state = read<int64_t>(state);
-  p.section = static_cast<uint32_t>(section);
-  p.theta = read<float>(keep);
-  p.rows = rows.size(0);
-  p.gates = write<float>(gates);
-  run(p, rows.get_device_index());
-  return gates;
 }
 
 }  // namespace
@@ -161,7 +174,7 @@ Tensor gated_residual(const Tensor& x, const Tensor& branch, const Tensor& gate,
   const int64_t batch = x.size(0);
   const Tensor gates = checked("gate", gate, x, ScalarType::Float, {batch});
   const auto slots = checked("slot", slot, x, ScalarType::Int, {batch});
-  return forward(x, branch, gates, slots, sum_form(relu, lerp));
+  return forward(x, branch, given(gates), slots, sum_form(relu, lerp));
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
@@ -175,16 +188,19 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
   const auto asked = gate_grad_rows ? checked("gate_grad_rows", gate_grad_rows, grad,
                                               ScalarType::Long, {gate_grad_rows->numel()})
                                     : std::nullopt;
-  Gradients found = backward(grad, y, gates, slots, factor, asked, branch_rows, lerp);
-  return {found.d_x, found.d_branch, found.d_gate};
+  Gradients found = backward(grad, y, given(gates), slots, factor, asked, branch_rows, lerp);
+  return {found.d_x, found.d_branch,
+          found.d_gate ? *found.d_gate : torch::stable::new_zeros(gates, {batch})};
 }
 
 std::tuple<Tensor, Tensor> sampled_gated_residual(const Tensor& x, const Tensor& branch,
                                                   const Tensor& theta, const Tensor& rng_state,
                                                   int64_t section, bool relu, bool lerp) {
   check(x.dim() > 0, "x must have at least one dimension");
-  const Tensor gates = independent_gates(theta, rng_state, section, x);
-  return {forward(x, branch, gates, std::nullopt, sum_form(relu, lerp)), gates};
+  const Sampling sampling(theta, rng_state, section, x);
+  const Tensor gates = torch::stable::new_empty(theta, {x.size(0)});
+  const Gates drawn = sampling.gates(write<float>(gates));
+  return {forward(x, branch, drawn, std::nullopt, sum_form(relu, lerp)), gates};
 }
 
 std::tuple<Tensor, Tensor> sampled_gated_residual_backward(const Tensor& grad,
@@ -193,9 +209,9 @@ std::tuple<Tensor, Tensor> sampled_gated_residual_backward(const Tensor& grad,
                                                            const Tensor& rng_state, int64_t section,
                                                            bool lerp) {
   check(grad.dim() > 0, "grad must have at least one dimension");
-  const Tensor gates = independent_gates(theta, rng_state, section, grad);
-  Gradients found =
-      backward(grad, y, gates, std::nullopt, std::nullopt, std::nullopt, grad.size(0), lerp);
+  const Sampling sampling(theta, rng_state, section, grad);
+  Gradients found = backward(grad, y, sampling.gates(nullptr), std::nullopt, std::nullopt,
+                             std::nullopt, grad.size(0), lerp);
   return {found.d_x, found.d_branch};
 }
 

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(BackwardParams p) {
     double* part = nullptr;
     if (row >= 0) {
       const int64_t slot = existing(p.slot == nullptr ? row : p.slot[row], p.d_branch.rows);
-      const A gate = p.gate[row];
+      const A gate = gate_of(p, row);
       const bool running = slot >= 0 && gate != 0;
       const T* grad = at<T>(p.grad, row, offset);
       const T* y = form == SumForm::kAddRelu ? at<T>(p.y, row, offset) : nullptr;

@@ -194,16 +194,6 @@ __global__ void __launch_bounds__(kMostThreads) draw_kernel(DrawParams p) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) independent_kernel(IndependentParams p) {
-  const Stream stream = stream_of(p.rng_state);
-  const uint32_t first_row = first_row_of(p.rng_state);
-  const float theta = *p.theta;
-  for_each(p.rows, [&](int64_t row) {
-    const Words words = row_words(stream, p.section, first_row + static_cast<uint32_t>(row));
-    p.gates[row] = independent_gate(theta, words.word[3]);
-  });
-}
-
 }  // namespace
 
 cudaError_t launch(const DrawParams& p, cudaStream_t stream) {
@@ -211,12 +201,6 @@ cudaError_t launch(const DrawParams& p, cudaStream_t stream) {
   int threads = kWarp;
   while (threads < p.batch && threads < kMostThreads) threads *= 2;
   draw_kernel<<<blocks_for(p.sections, 1), threads, 0, stream>>>(p);
-  return cudaGetLastError();
-}
-
-cudaError_t launch(const IndependentParams& p, cudaStream_t stream) {
-  if (p.rows == 0) return cudaSuccess;
-  independent_kernel<<<blocks_for(p.rows, kThreads), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
   for_segments(p.rows, p.size, [&](int64_t row, int64_t offset, int64_t count) {
     if (row < 0) return;
     const int64_t slot = existing(p.slot == nullptr ? row : p.slot[row], p.branch.rows);
-    const Accumulated<T> gate = p.gate[row];
+    const Accumulated<T> gate = gate_of(p, row);
+    if (p.sampled.gates != nullptr && offset == 0 && threadIdx.x == 0) p.sampled.gates[row] = gate;
     const T* x = at<T>(p.x, row, offset);
     T* y = at<T>(p.y, row, offset);
     if (slot < 0 || gate == 0) {
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
 }  // namespace
 
 cudaError_t launch(const ForwardParams& p, cudaStream_t stream) {
-  if (p.rows == 0 || p.size == 0) return cudaSuccess;
+  if (p.rows == 0) return cudaSuccess;
   return by_type(p.type, [&](auto element) {
     using T = decltype(element);
     const bool all_aligned = rows_aligned<T>(p.x, p.size) && rows_aligned<T>(p.branch, p.size) &&

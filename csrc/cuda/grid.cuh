@@ -25,6 +25,9 @@ struct Layout {
   dim3 block;
 };
 
+// Segments, and of rows without elements one: what is done once a row is done for them too.
+LAYERPRUNE_INLINE int64_t units_per_row(int64_t size) { return size > 0 ? segments(size) : 1; }
+
 // For rows of `size` elements, of which a thread takes `chunk` at a time: no more threads a segment
 // than have work, so that short rows share a block.
 inline Layout row_layout(int64_t rows, int64_t size, int chunk) {
@@ -32,14 +35,14 @@ inline Layout row_layout(int64_t rows, int64_t size, int chunk) {
   int across = kWarp;
   while (across < kThreads && int64_t{across} * chunk < longest) across *= 2;
   const int down = kThreads / across;
-  return {dim3(blocks_for(rows * segments(size), down)), dim3(across, down)};
+  return {dim3(blocks_for(rows * units_per_row(size), down)), dim3(across, down)};
 }
 
 // Calls `work(row, offset, count)` in every thread of each segment, and `work(-1, 0, 0)` in threads
 // without one while others of their block have: the block's threads meet in barriers.
 template <typename Work>
 __device__ inline void for_segments(int64_t rows, int64_t size, Work work) {
-  const int64_t per_row = segments(size), units = rows * per_row;
+  const int64_t per_row = units_per_row(size), units = rows * per_row;
   const int64_t stride = int64_t{gridDim.x} * blockDim.y;
   for (int64_t first = int64_t{blockIdx.x} * blockDim.y; first < units; first += stride) {
     const int64_t unit = first + threadIdx.y;
@@ -90,6 +93,16 @@ __device__ inline const T* at(RowsIn rows, int64_t row, int64_t offset) {
 template <typename T>
 __device__ inline T* at(RowsOut rows, int64_t row, int64_t offset) {
   return static_cast<T*>(rows.data) + row * rows.stride + offset;
+}
+
+// A row's gate, given or drawn: the words cost less than another launch and than memory for them.
+template <typename Params>
+__device__ inline float gate_of(const Params& p, int64_t row) {
+  const SampledGates& s = p.sampled;
+  if (s.rng_state == nullptr) return p.gate[row];
+  const uint32_t global_row = first_row_of(s.rng_state) + static_cast<uint32_t>(row);
+  const Words words = row_words(stream_of(s.rng_state), s.section, global_row);
+  return independent_gate(*s.theta, words.word[3]);
 }
 
 // The row, or -1 where there is no such row.

@@ -18,7 +18,6 @@ cudaError_t launch(const ScatterAddParams& params, cudaStream_t stream);
 cudaError_t launch(const DifferenceParams& params, cudaStream_t stream);
 cudaError_t launch(const InverseParams& params, cudaStream_t stream);
 cudaError_t launch(const FactorRowsParams& params, cudaStream_t stream);
-cudaError_t launch(const IndependentParams& params, cudaStream_t stream);
 cudaError_t launch(const DrawParams& params, cudaStream_t stream);
 
 // Needs room for `step_scratch` numbers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layerprune.ops import registration
+from layerprune.ops import masked, registration
 from layerprune.ops.checks import (
     check,
     check_device,
@@ -17,6 +17,8 @@ from layerprune.ops.checks import (
 from layerprune.ops.rows import TakeRows
 
 FORMS = ("add", "lerp")
+MASKED_DEVICES = frozenset({"cuda"})
+"""Where ReLU keeps a bit for every element, see `layerprune.ops.masked`."""
 
 
 def _check_sum(x: Tensor, branch: Tensor, activation: str | None, form: str) -> None:
@@ -47,6 +49,10 @@ def _promoted(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), branch.to(dtype)
 
 
+def _graded(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def gated_residual(
     x: Tensor,
     branch: Tensor,
@@ -65,9 +71,10 @@ def gated_residual(
     rounded once.
 
     Backward gives the gradients of x, branch and gate, none of them a view of another tensor. The
-    gate's is summed in float32 (float64 for float64). Saved are at most y (for ReLU), gate,
-    slot and the rows of the branch (``lerp``: of branch - x) in ``gate_grad_rows``, or the whole
-    branch where that is None; nothing of the branch when the gate needs no gradient.
+    gate's is summed in float32 (float64 for float64). Saved are at most y (for ReLU; on CUDA a bit
+    for every element of it), gate, slot and the rows of the branch (``lerp``: of branch - x) in
+    ``gate_grad_rows``, or the whole branch where that is None; nothing of the branch when the gate
+    needs no gradient.
 
     Args:
         x: ``[B, *S]``, floating point, any strides; contiguous and channels_last are fast.
@@ -108,6 +115,8 @@ def gated_residual(
         check_vector("gate_grad_rows", gate_grad_rows, torch.int64)
         check_device("gate_grad_rows", gate_grad_rows, x.device)
     x, branch = _promoted(x, branch)
+    if activation == "relu" and x.device.type in MASKED_DEVICES and _graded(x, branch, gate):
+        return masked.gated_relu(x, branch, gate, slot, gate_grad_rows)[0]
     return registration.gated_residual(
         x, branch, gate, slot, gate_grad_rows, activation == "relu", form == "lerp"
     )

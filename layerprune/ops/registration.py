@@ -45,7 +45,7 @@ def _gate_factor_fake(
     return empty_rows(count, x, row_format(x if lerp else branch), dtype)
 
 
-_gate_factor = register(
+gate_factor = register(
     "gate_factor(Tensor x, Tensor branch, Tensor? slot, Tensor? gate_grad_rows, bool lerp)"
     " -> Tensor",
     reference.gate_factor,
@@ -58,7 +58,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     factor = None
     if ctx.needs_input_grad[2]:
         whole = rows is None and not lerp
-        factor = branch if whole else _gate_factor(x, branch, slot, rows, lerp)
+        factor = branch if whole else gate_factor(x, branch, slot, rows, lerp)
     ctx.save_for_backward(output if relu else None, gate, slot, factor, rows)
     ctx.branch_rows, ctx.lerp = branch.shape[0], lerp
 
@@ -86,7 +86,8 @@ def _backward_fake(
     return d_x, empty_rows(branch_rows, grad, layout), torch.empty_like(gate)
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+def refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    """The backward of a backward."""
     raise RuntimeError(
         "layerprune: the gated residual sum has no second derivative; differentiate it once,"
         " without create_graph=True"
@@ -107,7 +108,7 @@ gated_residual_backward = register(
     " Tensor? gate_grad_rows, SymInt branch_rows, bool lerp) -> (Tensor, Tensor, Tensor)",
     reference.gated_residual_backward,
     _backward_fake,
-    _refuse_double_backward,
+    refuse_double_backward,
 )
 
 
@@ -180,5 +181,5 @@ sampled_gated_residual_backward = register(
     " int section, bool lerp) -> (Tensor, Tensor)",
     _sampled_backward_reference,
     _sampled_backward_fake,
-    _refuse_double_backward,
+    refuse_double_backward,
 )

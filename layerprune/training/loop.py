@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from layerprune.training.runfolder import mark, marked
 from layerprune.training.runlog import RunLog
 from layerprune.training.sampling import train_loader
 from layerprune.training.session import Session
+from layerprune.transfer import HostCopy
 
 __all__ = ["Loop", "TrainingDiverged"]
 
@@ -24,6 +27,15 @@ _THETA_ROWS = 500
 
 class TrainingDiverged(FloatingPointError):
     """The loss is no longer finite; the message names the step and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """A step's loss and number of images classified correctly, on their way to the host."""
+
+    step: int
+    images: int
+    copy: HostCopy
 
 
 class Loop:
@@ -54,6 +66,7 @@ class Loop:
         self.stop = stop
         self.keep = keep
         self.progress = progress
+        self.tally: _Tally | None = None
         self.criterion = nn.CrossEntropyLoss(label_smoothing=self.recipe.smoothing)
         self.theta_every = -(-session.network.total_steps // _THETA_ROWS)
         self.bar = tqdm(
@@ -112,10 +125,8 @@ class Loop:
         labels = labels.to(session.device, non_blocking=True)
         outputs = session.model(images)
         loss = self.criterion(outputs, labels)
-        value = loss.item()
-        if not -float("inf") < value < float("inf"):
-            self._diverged(f"the loss is {value}")
         loss.backward()
+        self._tally()
         session.optimizer.step()
         events = ()
         if session.pruner is not None:
@@ -127,9 +138,21 @@ class Loop:
         session.schedule.step()
         place.step += 1
         place.batch += 1
-        place.loss_sum += value * len(labels)
-        place.correct += int((outputs.argmax(1) == labels).sum())
+        correct = (outputs.argmax(1) == labels).sum()
+        self.tally = _Tally(place.step, len(labels), HostCopy([loss, correct]))
         return events
+
+    def _tally(self) -> None:
+        """Counts what came of the step before, which the device has had time to end."""
+        place, tally = self.session.place, self.tally
+        if tally is None:
+            return
+        self.tally = None
+        loss, correct = (float(number) for number in tally.copy.get())
+        if not math.isfinite(loss):
+            self._diverged(f"the loss is {loss} in step {tally.step}")
+        place.loss_sum += loss * tally.images
+        place.correct += int(correct)
 
     def _diverged(self, what: str) -> None:
         last = marked(self.session.folder, "last")
@@ -137,8 +160,7 @@ class Loop:
             "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
         )
         raise TrainingDiverged(
-            f"{what} in step {self.session.place.step + 1}; {good}. Try a smaller lr (now "
-            f"{self.recipe.lr:g}) or a longer warm-up of it"
+            f"{what}; {good}. Try a smaller lr (now {self.recipe.lr:g}) or a longer warm-up of it"
         )
 
     def _note_step(self, events: tuple) -> None:
@@ -154,8 +176,10 @@ class Loop:
     def _shown(self) -> dict[str, str]:
         """Loss and accuracy of the epoch so far, and how far pruning is."""
         place = self.session.place
-        seen = place.batch * self.recipe.batch_size
-        shown = {"loss": f"{place.loss_sum / seen:.3f}", "acc": f"{place.correct / seen:.3f}"}
+        seen = (place.batch - (self.tally is not None)) * self.recipe.batch_size
+        shown = {}
+        if seen:
+            shown = {"loss": f"{place.loss_sum / seen:.3f}", "acc": f"{place.correct / seen:.3f}"}
         alive, theta, spent = self._pruning()
         if theta is not None:
             total = len(self.session.pruner.sections)
@@ -174,6 +198,7 @@ class Loop:
 
     def _end_epoch(self, learning_rate: float) -> None:
         session, place = self.session, self.session.place
+        self._tally()
         loss, accuracy = evaluate(session.model, self.splits, session.device, self.recipe.workers)
         alive, theta, spent = self._pruning()
         shown = self._shown()
@@ -210,6 +235,7 @@ class Loop:
             )
 
     def _interrupt(self) -> None:
+        self._tally()
         self.log.flush()
         self.session.save(self.keep)
         raise Interrupted(self.session.place.step, self.session.folder)

@@ -1,0 +1,64 @@
+"""What a profile of a GPU says: launches, their time, and calls that make the host wait."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+MEASURED = "measured"
+SYNCHRONISING = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",  # the one that waits: copies on a stream are cudaMemcpyAsync
+)
+DEVICE_KINDS = {"kernel": "kernels", "gpu_memset": "memsets", "gpu_memcpy": "copies"}
+
+
+def traced(function: Callable[[], object], calls: int) -> list[dict]:
+    """The events of so many calls, as in a Chrome trace; on a machine without a GPU the host's.
+
+    The calls are in a range of their own, so that the wait at its end is not counted with theirs.
+    """
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        with record_function(MEASURED):
+            for _ in range(calls):
+                function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())["traceEvents"]
+
+
+def launches(events: list[dict], calls: int) -> dict[str, float]:
+    """What each call ran on the device, and for how long."""
+    found: dict[str, float] = {"device_us": 0.0}
+    for category, name in DEVICE_KINDS.items():
+        durations = [event["dur"] for event in events if event.get("cat") == category]
+        found |= {name: len(durations) / calls, f"{name}_us": sum(durations) / calls}
+        found["device_us"] += found[f"{name}_us"]
+    return found
+
+
+def synchronisations(events: list[dict], calls: int) -> dict[str, float]:
+    """How often each call made the host wait for the device, by what it called."""
+    ranges = [
+        (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "user_annotation" and event.get("name") == MEASURED
+    ]
+    waits = [
+        event["name"]
+        for event in events
+        if event.get("cat") == "cuda_runtime"
+        and event["name"] in SYNCHRONISING
+        and any(start <= event["ts"] < end for start, end in ranges)
+    ]
+    return {name: waits.count(name) / calls for name in SYNCHRONISING if name in waits}

@@ -1,0 +1,141 @@
+"""What training steps say about the sections, between the backward and the step that learns of it.
+
+On an accelerator the host runs ahead: when `LayerPruner.step` is called, the backward has only been
+queued. Evidence therefore is learnt from one step later, when it has come over without anybody
+having waited for it; on every device, so that runs agree.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerprune.difference import PendingMeasurement
+from layerprune.elimination import Measurement
+from layerprune.gradients import GateGradients
+from layerprune.transfer import HostCopy
+
+EVIDENCE_LAG = 1
+"""Steps by which what is learnt lags what is trained.
+
+A draw is made before the step that trains on it, so that it knows of the steps up to the one before
+the last.
+"""
+
+
+@dataclass(frozen=True)
+class StepEvidence:
+    """What one training step said.
+
+    Attributes:
+        step: the step's number, from 1.
+        slope: float32 ``[L, R]``, see `ops.projected_gate_step_`; None where nothing was drawn.
+        counted: bool ``[L, R]``; likewise.
+        section: the section measured by whole, or None.
+        measurement: its measurement.
+    """
+
+    step: int
+    slope: Tensor | None
+    counted: Tensor | None
+    section: int | None
+    measurement: Measurement | None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it are numbers at all."""
+        slopes = self.slope is None or bool(self.slope.isfinite().all())
+        return slopes and (self.measurement is None or self.measurement.is_finite)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> StepEvidence:
+        """The evidence that `dataclasses.asdict` made the fields of."""
+        found = fields["measurement"]
+        return cls(**{**fields, "measurement": None if found is None else Measurement(**found)})
+
+    def arrive(self) -> StepEvidence:
+        """Itself: it is here."""
+        return self
+
+
+class PendingEvidence:
+    """What one training step said, on its way to the host.
+
+    Args:
+        step: the step's number, from 1.
+        gradients: gate gradients of the step's draws, or None.
+        measured: the measurement of a whole section, or None.
+        rows_factor: what turns dC/dgate of a row into the derivative of the row's own loss, by
+            batch size.
+        scaler: the gradient scaler that the losses were scaled by, or None.
+        accumulation: number that each micro-batch's loss was divided by.
+        device: where the gradients are.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        gradients: GateGradients | None,
+        measured: PendingMeasurement | None,
+        rows_factor: Callable[[int], float],
+        scaler: torch.amp.GradScaler | None,
+        accumulation: int,
+        device: torch.device,
+    ) -> None:
+        self.section = None if measured is None else measured.section
+        self._step = step
+        self._gradients = gradients
+        self._measured = measured
+        self._rows_factor = rows_factor
+        self._accumulation = accumulation
+        # `scaler.get_scale()` would wait for the device.
+        scale = torch.ones(()) if scaler is None else scaler.scale(torch.ones((), device=device))
+        self._scale = HostCopy([scale])
+
+    def arrive(self) -> StepEvidence:
+        """The evidence, which is waited for."""
+        (scale,) = self._scale.get()
+        divisor = float(scale) / self._accumulation
+        slope = counted = measurement = None
+        if self._gradients is not None:
+            slope, counted = self._gradients.evidence(self._rows_factor, divisor)
+        if self._measured is not None:
+            measurement = self._measured.get(divisor)
+        return StepEvidence(self._step, slope, counted, self.section, measurement)
+
+
+class EvidenceQueue:
+    """The evidence of the last steps that is not learnt from yet."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[PendingEvidence | StepEvidence] = deque()
+
+    def put(self, evidence: PendingEvidence) -> None:
+        """Adds a step's evidence."""
+        self._waiting.append(evidence)
+
+    def take(self) -> StepEvidence | None:
+        """The evidence whose turn it is; None in the first steps."""
+        if len(self._waiting) <= EVIDENCE_LAG:
+            return None
+        return self._waiting.popleft().arrive()
+
+    def measurements_of(self, section: int | None) -> int:
+        """How many measurements of a section are waiting."""
+        return sum(
+            section is not None and evidence.section == section for evidence in self._waiting
+        )
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """All of it."""
+        self._waiting = deque(evidence.arrive() for evidence in self._waiting)
+        return [asdict(evidence) for evidence in self._waiting]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Restores what `state_dict` returned."""
+        self._waiting = deque(StepEvidence.from_dict(fields) for fields in state)
