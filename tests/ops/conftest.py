@@ -1,14 +1,58 @@
-"""What the operations are compared with: plain formulas, and a slow draw in Python integers."""
+"""What the operations are compared with: plain formulas, and a slow draw in Python integers.
 
+With ``--device`` of another device than the CPU the same tests run there.
+"""
+
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import DeviceContext, _device_constructors
 
 from layerprune import ops
 
 RESERVED = 0xFFFFFFFF
+
+
+class ValuesOn(DeviceContext):
+    """A default device whose random numbers are the CPU's.
+
+    `torch.device` as a context has the device's own generator draw them, and refuses the CPU's.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if func not in _device_constructors() or kwargs.get("device") is not None:
+            return made
+        return made.detach().to(self.device).requires_grad_(made.requires_grad)
+
+
+def _values(config):
+    """The context in which a test's values are made."""
+    device = torch.device(config.getoption("device"))
+    return nullcontext() if device.type == "cpu" else ValuesOn(device)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Modules and parameters hold values as well."""
+    with _values(collector.config):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    with _values(item.config):
+        return (yield)
+
+
+def pytest_runtest_setup(item):
+    marker = item.get_closest_marker("cpu_only")
+    if marker is not None and item.config.getoption("device") != "cpu":
+        pytest.skip(f"for the CPU alone: {marker.args[0]}")
 
 
 def philox(counter, key):
@@ -161,7 +205,22 @@ def threads():
 
 
 @pytest.fixture
-def compiled():
-    """Skips the test unless the compiled kernels serve the CPU."""
-    if ops.backends()["cpu"].name != "compiled":
+def device(request):
+    """Where the test's values are."""
+    return torch.device(request.config.getoption("device"))
+
+
+@pytest.fixture
+def kernels(device):
+    """The name of the kernels that serve the device; skips the test where eager PyTorch does."""
+    name = ops.backends()[device.type].name
+    if name == "eager":
+        pytest.skip("no kernels are in use")
+    return name
+
+
+@pytest.fixture
+def compiled(kernels):
+    """Skips the test unless the compiled kernels serve the device."""
+    if kernels != "compiled":
         pytest.skip("the compiled part is not in use")

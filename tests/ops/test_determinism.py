@@ -50,7 +50,7 @@ def test_gated_residual(dtype, form, activation, asked, threads):
     check(run, threads)
 
 
-def test_one_long_row(threads, compiled):
+def test_one_long_row(threads, kernels):
     """A gate's gradient over 100 segments of one row, which several threads share."""
     x, branch = randn(1, 100 * 8192 + 77), randn(1, 100 * 8192 + 77, seed=1)
     gate = torch.full((1,), 0.7)

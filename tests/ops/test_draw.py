@@ -56,7 +56,7 @@ def test_equals_the_plain_implementation(
         np.float32(theta), batch, (seed, number, first), np.float32(rates), **options
     )
     for section, (gates, rows, probes) in enumerate(expected):
-        assert drawn.gates[section].numpy().tobytes() == gates.tobytes()
+        assert drawn.gates[section].cpu().numpy().tobytes() == gates.tobytes()
         assert drawn.rows[section].tolist() == rows + [-1] * (batch - len(rows))
         assert drawn.probes[section].tolist() == probes + [-1] * (batch - len(probes))
         assert drawn.counts[section].tolist() == [len(rows), len(probes)]
@@ -204,25 +204,30 @@ def test_opcheck(scheme):
     torch.library.opcheck(torch.ops.layerprune.sample_gates.default, (*arguments, scheme))
 
 
+def value(*case):
+    """A case that its values make wrong: those of another device nobody reads."""
+    return pytest.param(*case, marks=pytest.mark.cpu_only("values are checked there"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"theta": torch.tensor([0.5, 1.5])}, r"theta must lie in \[0, 1\]"),
-        ({"theta": torch.tensor([0.5, torch.nan])}, r"theta must lie in \[0, 1\]"),
+        value({"theta": torch.tensor([0.5, 1.5])}, r"theta must lie in \[0, 1\]"),
+        value({"theta": torch.tensor([0.5, torch.nan])}, r"theta must lie in \[0, 1\]"),
         ({"theta": torch.zeros(2, dtype=torch.float64)}, "theta must be torch.float32"),
         ({"theta": torch.zeros(2, 2)}, r"theta must be .* got torch.float32 of shape \[2, 2\]"),
         ({"theta": torch.tensor(0.5)}, "theta must be torch.float32 with one dimension"),
-        ({"probe_rate": torch.tensor([-0.1, 0.0])}, "probe_rate must lie"),
+        value({"probe_rate": torch.tensor([-0.1, 0.0])}, "probe_rate must lie"),
         ({"probe_rate": torch.zeros(3)}, r"probe_rate must be torch.float32 of shape \[2\]"),
         ({"batch_size": -1}, "batch_size"),
         ({"batch_size": 2**29}, "batch_size must lie in"),
         ({"rng_state": torch.tensor([1, 2])}, "rng_state must be"),
         ({"rng_state": torch.tensor([1.0, 2.0, 3.0])}, "rng_state must be torch.int64"),
-        ({"rng_state": torch.tensor([1, 2, 2**32 - 4])}, "first global row"),
-        ({"rng_state": torch.tensor([1, 2, -1])}, "first global row"),
+        value({"rng_state": torch.tensor([1, 2, 2**32 - 4])}, "first global row"),
+        value({"rng_state": torch.tensor([1, 2, -1])}, "first global row"),
         ({"scheme": "sobol"}, "scheme must be one of"),
         ({"row_multiple": 0}, "row_multiple at least 1"),
-        ({"theta": torch.zeros(2, device="meta")}, "probe_rate is on cpu"),
+        ({"theta": torch.zeros(2, device="meta")}, r"probe_rate is on (?!meta)"),
     ],
 )
 def test_errors(change, message):

@@ -1,4 +1,4 @@
-"""The compiled draw at the sizes of real batches."""
+"""The kernels' draw at the sizes of real batches."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from layerprune.ops.draw import reference
 @pytest.mark.parametrize(
     ("sections", "batch", "options"), [(54, 256, (0, 1)), (7, 1000, (2, 1)), (110, 128, (2, 8))]
 )
-def test_equals_the_reference(scheme, sections, batch, options, threads, compiled):
+def test_equals_the_reference(scheme, sections, batch, options, threads, kernels):
     """Every output, bit for bit, at any number of threads."""
     generator = torch.Generator().manual_seed(0)
     theta = torch.rand(sections, generator=generator)

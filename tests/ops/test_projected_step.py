@@ -53,13 +53,13 @@ def test_plain_projected_sgd():
     run = Run([0.0, 0.2, 0.5, 0.9, 1.0, 0.5], **PLAIN)
     run.penalty = torch.tensor([0.01, 0.02, 0.05, 0.1, 0.2, 0.3])
     run.free[5] = False
-    expected = run.theta.double().numpy()
-    nu = run.penalty.double().numpy()
+    expected = run.theta.double().cpu().numpy()
+    nu = run.penalty.double().cpu().numpy()
     for _ in range(60):
         slope, counted = _evidence(generator, 6, 12)
-        found = run.step(slope, counted).numpy()
+        found = run.step(slope, counted).cpu().numpy()
         for section in range(5):
-            picked = slope[section][counted[section]].double().numpy()
+            picked = slope[section][counted[section]].double().cpu().numpy()
             if picked.size:
                 step = (picked.mean() + nu[section]) / (nu[section] * OPTIONS["horizon"])
                 expected[section] = min(max(expected[section] - step, 0.0), 1.0)
@@ -100,7 +100,7 @@ def test_running_statistics_equal_the_weighted_formulas():
         slope, counted = _evidence(generator, 4, 9)
         run.step(slope, counted)
         for section in range(4):
-            picked = slope[section][counted[section]].double().numpy()
+            picked = slope[section][counted[section]].double().cpu().numpy()
             if picked.size:
                 history[section].append((picked.mean(), picked.size))
     assert run.statistics[:, 0].eq(0).all()
@@ -116,7 +116,7 @@ def test_running_statistics_equal_the_weighted_formulas():
         squares = np.sum(decay**2 * rows)
         variance = deviations / (decay.sum() - squares / weights.sum())
         expected = [decay.sum(), weights.sum(), squares, mean, deviations]
-        np.testing.assert_allclose(run.statistics[:, section], expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(run.statistics[:, section].cpu(), expected, rtol=1e-4, atol=1e-6)
         assert float(row_variance(run.statistics)[section]) == pytest.approx(variance, rel=1e-3)
         error = np.sqrt(variance * squares) / weights.sum()
         assert float(standard_error(run.statistics)[section]) == pytest.approx(error, rel=1e-3)

@@ -147,7 +147,7 @@ def test_equals_numpy(sections, rows, density, limit, noise_factor, decay, layou
     level = 0.1 * random.standard_normal((sections, 1))
     plain = Plain(theta, penalty, free, options)
     values = (
-        torch.from_numpy(theta),
+        torch.as_tensor(theta),
         torch.zeros(5, sections),
         torch.zeros(sections, dtype=torch.bool),
     )
@@ -158,18 +158,18 @@ def test_equals_numpy(sections, rows, density, limit, noise_factor, decay, layou
         if ties:
             pairs = len(slope[1::2]) * 2
             slope[1::2], counted[1::2] = slope[:pairs:2], counted[:pairs:2]
-        shown = torch.from_numpy(np.where(counted, slope, np.float32(np.nan)))
-        given = (shown, torch.from_numpy(counted))
+        shown = torch.as_tensor(np.where(counted, slope, np.float32(np.nan)))
+        given = (shown, torch.as_tensor(counted))
         if layout == "transposed":
             given = tuple(t.t().contiguous().t() for t in given)
         ops.projected_gate_step_(
-            *state, *given, torch.from_numpy(penalty), torch.from_numpy(free), **options
+            *state, *given, torch.as_tensor(penalty), torch.as_tensor(free), **options
         )
         plain.step(slope, counted)
         assert state[2].tolist() == plain.playing.tolist()
-        np.testing.assert_allclose(state[0], plain.theta, atol=1e-4)
+        np.testing.assert_allclose(state[0].cpu(), plain.theta, atol=1e-4)
         sums = np.array([plain.sums(section) for section in range(sections)]).reshape(-1, 5).T
-        np.testing.assert_allclose(state[1], sums, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state[1].cpu(), sums, rtol=1e-4, atol=1e-5)
     if layout != "contiguous":
         assert all(canaries(base, part) for base, part in zip(bases, state, strict=True))
 

@@ -87,28 +87,29 @@ def test_take_rows_over_shapes(batch, count, shape, layout, exclusive, used, see
     rows = random.permutation(batch)[: min(count, batch)]
     x = random.standard_normal((batch, *shape))
     d_rows, d_rest = random.standard_normal((len(rows), *shape)), random.standard_normal(x.shape)
-    leaf = torch.from_numpy(x).requires_grad_()
-    taken, rest = ops.take_rows(leaf, torch.from_numpy(rows), exclusive=exclusive)
-    assert np.array_equal(taken.detach(), x[rows]) and np.array_equal(rest.detach(), x)
-    given_rest = torch.from_numpy(d_rest.copy())
+    leaf = torch.as_tensor(x).requires_grad_()
+    taken, rest = ops.take_rows(leaf, torch.as_tensor(rows), exclusive=exclusive)
+    assert np.array_equal(taken.detach().cpu(), x[rows])
+    assert np.array_equal(rest.detach().cpu(), x)
+    given_rest = torch.as_tensor(d_rest.copy())
     if layout == "channels_last" and len(shape) == 3:
         given_rest = given_rest.contiguous(memory_format=torch.channels_last)
     elif layout == "expanded":
         given_rest = torch.tensor(d_rest.flat[0] if x.size else 0.0).expand(x.shape)
     elif layout == "sliced":
-        given_rest = torch.from_numpy(np.repeat(d_rest, 2, axis=0))[::2]
-    before = given_rest.numpy().copy()
+        given_rest = torch.as_tensor(np.repeat(d_rest, 2, axis=0))[::2]
+    before = given_rest.cpu().numpy().copy()
     want = np.zeros_like(x)
     if used[1]:
         want += before
     if used[0]:
         np.add.at(want, rows, d_rows)
-    pairs = zip((taken, rest), (torch.from_numpy(d_rows), given_rest), used, strict=True)
+    pairs = zip((taken, rest), (torch.as_tensor(d_rows), given_rest), used, strict=True)
     outputs, grads = zip(*[(output, grad) for output, grad, use in pairs if use], strict=True)
     (found,) = torch.autograd.grad(outputs, leaf, grads)
-    assert np.array_equal(found, want)
+    assert np.array_equal(found.cpu(), want)
     if layout in ("expanded", "sliced") or not exclusive:
-        assert np.array_equal(given_rest, before)
+        assert np.array_equal(given_rest.cpu(), before)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])

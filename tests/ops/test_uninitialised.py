@@ -140,7 +140,7 @@ def test_draw(scheme, batch, plain):
     theta, rate = torch.tensor([0.0, 0.5, 1.0, 0.3]), torch.tensor([0.0, 0.2, 0.0, 1.0])
     options = {"min_rows": 0, "row_multiple": 3, "scheme": scheme}
     drawn = ops.sample_gates(theta, batch, torch.tensor([1, 2, 3]), rate, **options)
-    expected = plain.draw(theta.numpy(), batch, (1, 2, 3), rate.numpy(), **options)
+    expected = plain.draw(theta.cpu().numpy(), batch, (1, 2, 3), rate.cpu().numpy(), **options)
     for section, (gates, rows, probes) in enumerate(expected):
         assert drawn.gates[section].tolist() == gates.tolist()
         assert drawn.rows[section].tolist() == rows + [-1] * (batch - len(rows))
