@@ -3,6 +3,7 @@
 import email
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
@@ -324,7 +325,59 @@ def test_a_misfit_names_both_versions(site: Path, tmp_path: Path, misfit: str) -
 
 def test_an_unknown_backend_is_refused() -> None:
     output = python("-c", CHECK, cwd=ROOT, fails=True, LAYERPRUNE_BACKEND="fast")
-    assert "LAYERPRUNE_BACKEND must be auto, eager or compiled, got 'fast'" in output
+    assert "LAYERPRUNE_BACKEND must be auto, eager, compiled or triton, got 'fast'" in output
+
+
+GPU = "import torch; torch.cuda.is_available = lambda: True\n"  # enough to choose for one
+CHOICE = """
+import layerprune, torch
+print(layerprune.backends()["cuda"])
+print(torch._C._dispatch_has_kernel_for_dispatch_key("layerprune::gated_residual", "CUDA"))
+"""
+INSTALLED = pytest.mark.skipif(
+    not importlib.util.find_spec("layerprune.kernels") or not importlib.util.find_spec("triton"),
+    reason="needs Triton and layerprune installed",
+)
+
+
+@INSTALLED
+def test_triton_serves_cuda_where_it_is_wished_for() -> None:
+    """Also beside the compiled part; the CPU's backend is as without the wish."""
+    code = GPU + CHOICE + "print(layerprune.backends()['cpu'])"
+    output = python("-c", code, cwd=ROOT, LAYERPRUNE_BACKEND="triton").splitlines()
+    version = importlib.metadata.version("triton")
+    assert output[0] == f"triton: kernels by Triton {version}; LAYERPRUNE_BACKEND=triton"
+    assert output[1] == "True"
+    code = "import layerprune; print(layerprune.backends()['cpu'])"
+    assert output[2] == python("-c", code, cwd=ROOT).strip()
+    without = python("-c", CHOICE, cwd=ROOT, LAYERPRUNE_BACKEND="triton").splitlines()
+    assert without == ["eager: there is no GPU that torch can use", "False"]
+
+
+MISSING = {
+    "Triton's kernels are missing in a source tree that is not installed": (
+        "import importlib.util as u\n"
+        "found = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: 'kernels' not in name and found(name, *rest) or None\n",
+        f"--no-build-isolation --no-deps --force-reinstall -e {shlex.quote(str(ROOT))}",
+    ),
+    "Triton is not installed": (
+        "import importlib.metadata as m\n"
+        "def version(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = version\n",
+        f"{shlex.quote(sys.executable)} -m pip install triton",
+    ),
+}
+
+
+@INSTALLED
+@pytest.mark.parametrize("reason", MISSING)
+def test_a_wish_for_triton_names_what_is_missing(reason: str) -> None:
+    """And the command that brings it."""
+    before, remedy = MISSING[reason]
+    output = python("-c", before + CHOICE, cwd=ROOT, fails=True, LAYERPRUNE_BACKEND="triton")
+    assert f"ImportError: LAYERPRUNE_BACKEND=triton: {reason}. To mend it: " in output
+    assert output.rstrip().endswith(remedy)
 
 
 def test_core_imports_without_the_extras() -> None:

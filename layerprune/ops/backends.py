@@ -28,7 +28,8 @@ import torch
 from layerprune._version import __version__
 
 VARIABLE = "LAYERPRUNE_BACKEND"
-"""Environment variable: ``auto`` (default), ``eager``, or ``compiled``: an error without it."""
+"""Environment variable: ``auto`` (default), ``eager``, ``compiled`` or ``triton``: for CUDA, also
+where the compiled part is. The last two are an error without what they ask for."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -54,6 +55,10 @@ class Backend:
 
 class _Missing(Exception):
     """Nothing was compiled."""
+
+
+class _NoTriton(Exception):
+    """Why Triton's kernels cannot serve, and the command that brings them."""
 
 
 class _Misfit(Exception):
@@ -130,8 +135,8 @@ def _remedy(device: str = "cpu") -> str:
 def _choose_cpu() -> tuple[Backend, ModuleType | None]:
     """Which backend serves the CPU, and the compiled module if it is in use."""
     wish = os.environ.get(VARIABLE) or "auto"
-    if wish not in ("auto", "eager", "compiled"):
-        raise ImportError(f"{VARIABLE} must be auto, eager or compiled, got {wish!r}")
+    if wish not in ("auto", "eager", "compiled", "triton"):
+        raise ImportError(f"{VARIABLE} must be auto, eager, compiled or triton, got {wish!r}")
     if wish == "eager":
         return Backend("eager", f"{VARIABLE}=eager"), None
     try:
@@ -169,27 +174,39 @@ def _load_cuda() -> None:
 def _triton() -> str:
     """The Triton that is to serve."""
     if importlib.util.find_spec("layerprune.kernels") is None:
-        raise _Missing("nor are Triton's, in a source tree that is not installed")
+        reason = "Triton's kernels are missing in a source tree that is not installed"
+        raise _NoTriton(reason, _remedy("auto"))
     try:
         return f"Triton {importlib.metadata.version('triton')}"
     except importlib.metadata.PackageNotFoundError:
-        raise _Missing("and Triton is not installed") from None
+        remedy = f"{shlex.quote(sys.executable)} -m pip install triton"
+        raise _NoTriton("Triton is not installed", remedy) from None
 
 
 def _choose_cuda() -> Backend:
     """Which backend serves CUDA: compiled kernels, or Triton's, if there is a GPU to run them."""
-    if os.environ.get(VARIABLE) == "eager":
+    wish = os.environ.get(VARIABLE)
+    if wish == "eager":
         return Backend("eager", f"{VARIABLE}=eager")
+    triton = None
+    if wish == "triton":
+        try:
+            triton = Backend("triton", f"kernels by {_triton()}; {VARIABLE}=triton")
+        except _NoTriton as lack:
+            reason, remedy = lack.args
+            raise ImportError(f"{VARIABLE}=triton: {reason}. To mend it: {remedy}") from None
     if not torch.cuda.is_available():
         return Backend("eager", "there is no GPU that torch can use")
+    if triton is not None:
+        return triton
     try:
         _load_cuda()
     except (_Missing, _Misfit) as error:
         reason = f"the compiled CUDA kernels are not in use, {error}"
         try:
             backend = Backend("triton", f"kernels by {_triton()}; {reason}", _remedy("cuda"))
-        except _Missing as lack:
-            backend = Backend("eager", f"{reason}, {lack}", _remedy("cuda"))
+        except _NoTriton as lack:
+            backend = Backend("eager", f"{reason}, and {lack.args[0]}", _remedy("cuda"))
         if isinstance(error, _Misfit):
             warnings.warn(f"layerprune runs {backend} for CUDA", RuntimeWarning, stacklevel=2)
         return backend
