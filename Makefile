@@ -48,7 +48,7 @@ demo: $(READY)  ## train and prune on images of digits, a minute or two; writes 
 test: $(READY)  ## run the tests; those of the operations on each of their implementations
 	$(RUN) -m pytest
 	ATEN_CPU_CAPABILITY=default $(RUN) -m pytest tests/ops -k $(NO_INDUCTOR)
-	TRITON_INTERPRET=1 LAYERPRUNE_BACKEND=eager $(RUN) -m pytest tests/ops tests/kernels
+	TRITON_INTERPRET=1 LAYERPRUNE_BACKEND=eager $(RUN) -m pytest tests/ops tests/gpu/operators
 
 # From within tests/, the tree's own layerprune does not come before the one that is meant.
 sanitize: $(READY)  ## run the operations' tests with AddressSanitizer and UBSan (gcc)
@@ -77,7 +77,7 @@ lint: $(READY)  ## check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror \
-	    csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh
+	    csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/gpu/operators/emulation/*.[ch]*
 
 clean:  ## remove build folders and caches; runs stay, and .venv with what it runs from
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache

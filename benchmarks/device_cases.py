@@ -50,7 +50,6 @@ def _residual(stream: Stream, draw: Draw, share: float) -> DeviceCase:
         },
     )
     rows, running, kept = stream.batch, draw.count, 0 if whole else draw.probed
-    masked = rows if activation else 0
     return stream.case(
         "gated_residual",
         share,
@@ -60,11 +59,11 @@ def _residual(stream: Stream, draw: Draw, share: float) -> DeviceCase:
         ),
         baselines=baselines,
         moved={
-            # x, branch -> y; what is kept of the probes' branch.
-            "forward": (2 * rows + running + 2 * kept) * stream.row_bytes,
-            # The gradient, y, the branch where a gate's gradient is wanted -> two gradients.
-            "backward": (2 * rows + masked + running + (running if whole else kept))
-            * stream.row_bytes,
+            # x, branch -> y, ReLU's mask; what is kept of the probes' branch.
+            "forward": (2 * rows + running + 2 * kept) * stream.row_bytes + stream.mask_bytes,
+            # The gradient, the mask, the branch where a gate's gradient is wanted -> two gradients.
+            "backward": (2 * rows + running + (running if whole else kept)) * stream.row_bytes
+            + stream.mask_bytes,
         },
     )
 
@@ -93,6 +92,7 @@ def _stochastic_depth(stream: Stream, share: float) -> DeviceCase:
         baselines={kind: plain(function) for kind, function in stream.dense.items()},
         moved={
             "forward": (2 * rows + int(drawn.sum())) * stream.row_bytes,
+            # The gradient, y -> two gradients.
             "backward": (3 * rows + (rows if activation else 0)) * stream.row_bytes,
         },
     )
@@ -124,17 +124,18 @@ def _section(stream: Stream, draw: Draw, share: float) -> DeviceCase:
         {"y": (draw.plain, draw.plain), "x": (draw.plain, draw.plain)},
     )
     rows, running, probed = stream.batch, draw.count, draw.probed
-    masked = rows if activation else 0
     return stream.case(
         "take_rows + gated_residual",
         share,
         ours=Computation(ours, {"x": x, "gate": gate}),
         baselines=baselines,
         moved={
-            # The gather; the sum; what is kept of the probes' branch.
-            "forward": (2 * running + 2 * rows + running + 2 * probed) * stream.row_bytes,
+            # The gather; the sum and its mask; what is kept of the probes' branch.
+            "forward": (2 * running + 2 * rows + running + 2 * probed) * stream.row_bytes
+            + stream.mask_bytes,
             # The sum's backward; the rows' gradient added to the shortcut's.
-            "backward": (2 * rows + masked + running + probed + 3 * running) * stream.row_bytes,
+            "backward": (2 * rows + running + probed + 3 * running) * stream.row_bytes
+            + stream.mask_bytes,
         },
     )
 

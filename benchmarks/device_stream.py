@@ -108,6 +108,7 @@ class Stream:
         self.batch = shape.size[0]
         self.column = (-1,) + (1,) * (len(shape.size) - 1)
         self.row_bytes = self.x[0].numel() * self.x.element_size()
+        self.mask_bytes = self.x.numel() // 8 if shape.activation else 0
         dense = plain_sum if shape.activation else linear_sum
         subset = subset_sum if shape.activation else linear_subset_sum
         self.dense, self.subset = {"eager": dense}, {"eager": subset}

@@ -38,6 +38,14 @@ struct SampledGates {
   float* gates;        // what was drawn, of the forward; null in the backward
 };
 
+// ReLU's mask: a bit for every element of a row that it lets through, in memory order and from the
+// lowest bit of a byte on. See layerprune/ops/masked.py.
+constexpr int kMaskBits = 8;
+
+LAYERPRUNE_HOST_DEVICE static constexpr int64_t mask_bytes(int64_t size) {
+  return (size + kMaskBits - 1) / kMaskBits;
+}
+
 // y_b = act(x_b + gate_b * branch[slot_b]), or the linear interpolation.
 struct ForwardParams {
   ElementType type;
@@ -51,6 +59,7 @@ struct ForwardParams {
   const float* gate;  // unless they are sampled
   SampledGates sampled;
   const int32_t* slot;  // null: the rows correspond
+  uint8_t* mask;        // of kAddRelu on a GPU, [rows, mask_bytes(size)]; null: not wanted
 };
 
 // Gradients of the same. `factor` is what a gate multiplies (the branch, or with lerp branch - x
@@ -62,7 +71,8 @@ struct BackwardParams {
   int64_t rows;
   int64_t size;
   RowsIn grad;
-  RowsIn y;  // kAddRelu only
+  RowsIn y;             // kAddRelu without a mask
+  const uint8_t* mask;  // kAddRelu on a GPU, see ForwardParams; null: y tells
   RowsIn factor;
   const int64_t* factor_row;  // row of `factor` for each row of grad or -1; null: as of the branch
   RowsOut d_x;

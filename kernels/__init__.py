@@ -17,6 +17,8 @@ OPERATORS = {
         rows.gate_factor,
         residual.gated_residual,
         residual.gated_residual_backward,
+        residual.gated_relu,
+        residual.gated_relu_backward,
         rows.gather_rows,
         residual.sampled_gated_residual,
         residual.sampled_gated_residual_backward,

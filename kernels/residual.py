@@ -22,7 +22,11 @@ from layerprune.kernels.rows import (
     row_size,
     wide,
 )
+from layerprune.ops import masked
+from layerprune.ops.masked import mask_bytes, memory_format
 from layerprune.ops.reference import accumulation_dtype, empty_rows, row_format
+
+BITS = tl.constexpr(masked.BITS)
 
 
 @triton.jit
@@ -41,10 +45,36 @@ def _gate_and_slot(gate, slot, theta, rng_state, section, row, branch_rows,
     return weight, tl.where(place < branch_rows, place, -1)
 
 
+@triton.jit
+def _mask_place(mask, row, offsets, size, BLOCK: tl.constexpr):
+    """Where the mask of a block's elements stands, and which of its bytes there are."""
+    bytes_per_row = tl.cdiv(size, BITS)
+    byte = tl.min(offsets, axis=0) // BITS + tl.arange(0, BLOCK // BITS)
+    return mask + row * bytes_per_row + byte, byte < bytes_per_row
+
+
+@triton.jit
+def _store_mask(mask, row, offsets, passes, size, BLOCK: tl.constexpr):
+    """Packs a bit for every element of a block; what is beyond the end does not pass."""
+    bits = tl.reshape(passes.to(tl.int32), [BLOCK // BITS, BITS])
+    packed = tl.sum(bits << tl.arange(0, BITS)[None, :], axis=1)
+    place, there = _mask_place(mask, row, offsets, size, BLOCK)
+    tl.store(place, packed.to(tl.uint8), mask=there)
+
+
+@triton.jit
+def _load_mask(mask, row, offsets, size, BLOCK: tl.constexpr):
+    """Which elements of a block pass."""
+    place, there = _mask_place(mask, row, offsets, size, BLOCK)
+    packed = tl.load(place, mask=there, other=0).to(tl.int32)
+    bits = packed[:, None] >> tl.arange(0, BITS)[None, :]
+    return tl.reshape(bits & 1, [BLOCK]) != 0
+
+
 @triton.autotune(CONFIGS, key=["size_class"])
 @triton.jit
 def _forward_kernel(
-    x, x_stride, branch, branch_stride, y, gate, slot, gates_out, theta, rng_state, section,
+    x, x_stride, branch, branch_stride, y, mask, gate, slot, gates_out, theta, rng_state, section,
     size, branch_rows, size_class,
     RELU: tl.constexpr, LERP: tl.constexpr, SAMPLED: tl.constexpr, SLOTTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -54,7 +84,8 @@ def _forward_kernel(
         gate, slot, theta, rng_state, section, row, branch_rows, SAMPLED, SLOTTED
     )
     if SAMPLED:
-        tl.store(gates_out + row, weight, mask=tl.program_id(0) % tl.cdiv(size, BLOCK) == 0)
+        first = tl.program_id(0) == row * tl.maximum(tl.cdiv(size, BLOCK), 1)
+        tl.store(gates_out + row, weight, mask=first)
     runs = (place >= 0) & (weight != 0)
     a = tl.load(x + row * x_stride + offsets, mask=inside)
     b = tl.load(branch + place * branch_stride + offsets, mask=inside & runs, other=0)
@@ -71,12 +102,16 @@ def _forward_kernel(
     mixed = tl.where(runs, mixed, wide_a)
     if RELU:
         mixed = tl.where(mixed <= 0, 0, mixed)  # what is not a number stays
-    tl.store(y + row * size + offsets, rounded(mixed, a.dtype), mask=inside)
+    result = rounded(mixed, a.dtype)
+    tl.store(y + row * size + offsets, result, mask=inside)
+    if mask is not None:
+        passes = inside & ~(wide(result) <= 0)
+        _store_mask(mask, row, offsets, passes, size, BLOCK)
 
 
 @triton.jit
 def _backward_kernel(
-    grad, grad_stride, y, y_stride, factor, factor_stride, factor_row, d_x, d_branch, parts,
+    grad, grad_stride, y, y_stride, mask, factor, factor_stride, factor_row, d_x, d_branch, parts,
     gate, slot, owner, theta, rng_state, section, size, rows, branch_rows, factor_rows,
     RELU: tl.constexpr, LERP: tl.constexpr, SAMPLED: tl.constexpr, SLOTTED: tl.constexpr,
     GRADED: tl.constexpr, BLOCK: tl.constexpr,
@@ -96,7 +131,9 @@ def _backward_kernel(
     g = tl.load(grad + row * grad_stride + offsets, mask=inside, other=0)
     passed = wide(g)
     weight = weight.to(passed.dtype)
-    if RELU:
+    if mask is not None:
+        passed = tl.where(_load_mask(mask, row, offsets, size, BLOCK), passed, 0)
+    elif RELU:
         out = tl.load(y + row * y_stride + offsets, mask=inside, other=0)
         passed = tl.where(wide(out) <= 0, 0, passed)
     to_x = tl.where(runs, passed * (1 - weight), passed) if LERP else passed
@@ -120,16 +157,17 @@ def _forward(
     sampled: tuple[Tensor, Tensor, Tensor, int] | None,
     relu: bool,
     lerp: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
     layout = row_format(x)
     inputs, others = dense_rows(x, layout), dense_rows(branch, layout)
     y = torch.empty_like(x, memory_format=layout)
     size = row_size(x)
-    if y.numel() == 0:
+    if x.shape[0] == 0:
         return y
     gates_out, theta, rng_state, section = sampled or (None, None, None, 0)
     _forward_kernel[programs_for(x.shape[0], size)](
-        inputs, inputs.stride(0), others, others.stride(0), y, gate,
+        inputs, inputs.stride(0), others, others.stride(0), y, mask, gate,
         None if slot is None else slot.contiguous(), gates_out, theta, rng_state, section,
         size, branch.shape[0], size.bit_length(),
         RELU=relu, LERP=lerp, SAMPLED=sampled is not None, SLOTTED=slot is not None,
@@ -176,8 +214,10 @@ def _backward(
     gate_grad_rows: Tensor | None,
     branch_rows: int,
     lerp: bool,
+    mask: Tensor | None = None,
+    layout: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    layout = row_format(grad if y is None else y)
+    layout = layout or row_format(grad if y is None else y)
     rows = grad.shape[0]
     incoming = dense_rows(grad, layout)
     output = None if y is None else dense_rows(y, layout)
@@ -199,12 +239,12 @@ def _backward(
     if programs:
         theta, rng_state, section = sampled or (None, None, 0)
         _backward_kernel[(programs,)](
-            incoming, incoming.stride(0), output, 0 if output is None else output.stride(0),
+            incoming, incoming.stride(0), output, 0 if output is None else output.stride(0), mask,
             factor, 0 if factor is None else factor.stride(0), factor_row, d_x, d_branch, parts,
             gate, slot, owner, theta, rng_state, section, size, rows, branch_rows,
             0 if factor is None else factor.shape[0],
-            RELU=y is not None, LERP=lerp, SAMPLED=sampled is not None, SLOTTED=slot is not None,
-            GRADED=factor is not None, BLOCK=SEGMENT, num_warps=8,
+            RELU=y is not None, LERP=lerp, SAMPLED=sampled is not None,
+            SLOTTED=slot is not None, GRADED=factor is not None, BLOCK=SEGMENT, num_warps=8,
         )  # fmt: skip
     return d_x, d_branch, None if parts is None else parts.sum(1).float()
 
@@ -223,6 +263,33 @@ def gated_residual_backward(
     d_x, d_branch, d_gate = _backward(
         grad, y, gate.contiguous(), slot, None, factor, gate_grad_rows, branch_rows, lerp
     )
+    return d_x, d_branch, torch.zeros_like(gate) if d_gate is None else d_gate
+
+
+def gated_relu(
+    x: Tensor, branch: Tensor, gate: Tensor, slot: Tensor | None, gate_grad_rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The operator ``gated_relu``."""
+    mask = x.new_empty((x.shape[0], mask_bytes(row_size(x))), dtype=torch.uint8)
+    return _forward(x, branch, gate.contiguous(), slot, None, True, False, mask), mask
+
+
+def gated_relu_backward(
+    grad: Tensor,
+    mask: Tensor,
+    channels_last: bool,
+    gate: Tensor,
+    slot: Tensor | None,
+    factor: Tensor | None,
+    gate_grad_rows: Tensor | None,
+    branch_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``gated_relu_backward``."""
+    layout = memory_format(grad.dim(), channels_last)
+    d_x, d_branch, d_gate = _backward(
+        grad, None, gate.contiguous(), slot, None, factor, gate_grad_rows, branch_rows, False,
+        mask.contiguous(), layout,
+    )  # fmt: skip
     return d_x, d_branch, torch.zeros_like(gate) if d_gate is None else d_gate
 
 

@@ -50,8 +50,11 @@ def rounded(values, dtype: tl.constexpr):
 
 @triton.jit
 def position(size, BLOCK: tl.constexpr):
-    """Row and offsets in it of this program, and which of them there are."""
-    per_row = tl.cdiv(size, BLOCK)
+    """Row and offsets in it of this program, and which of them there are.
+
+    A row without elements has a program too.
+    """
+    per_row = tl.maximum(tl.cdiv(size, BLOCK), 1)
     unit = tl.program_id(0).to(tl.int64)
     offsets = (unit % per_row) * BLOCK + tl.arange(0, BLOCK)
     return unit // per_row, offsets, offsets < size
@@ -125,8 +128,8 @@ def row_size(tensor: Tensor) -> int:
 
 
 def programs_for(rows: int, size: int) -> Callable[[dict], tuple[int]]:
-    """The launch grid: a program for every block of every row."""
-    return lambda meta: (rows * triton.cdiv(size, meta["BLOCK"]),)
+    """The launch grid: a program for every block of every row, at least one."""
+    return lambda meta: (rows * max(triton.cdiv(size, meta["BLOCK"]), 1),)
 
 
 def inverse(index: Tensor, size: int) -> Tensor:

@@ -59,6 +59,9 @@ inline std::ostream& operator<<(std::ostream& out, const Described& tensor) {
     case ScalarType::Int:
       out << "int32";
       break;
+    case ScalarType::Byte:
+      out << "uint8";
+      break;
     case ScalarType::Bool:
       out << "bool";
       break;

@@ -1,26 +1,9 @@
 // The operators for tensors on a GPU: launches on the current stream of the tensors' device.
-#define USE_CUDA  // for the stream in torch's C interface
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
-#include "../cuda/launch.h"
 #include "device.h"
 #include "operators.h"
+#include "stream.h"
 
 namespace layerprune {
-namespace {
-
-template <typename Params, typename... More>
-void launch_on(int32_t device, const Params& params, More... more) {
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  STD_CUDA_CHECK(cuda::launch(params, more..., static_cast<cudaStream_t>(stream)));
-}
-
-}  // namespace
 
 void prepare(const Tensor&) {}
 
@@ -45,6 +28,9 @@ void run(const StepParams& p, float* scratch, int32_t device) { launch_on(device
 
 int64_t step_scratch(int64_t sections) { return cuda::step_scratch(sections); }
 
-STABLE_TORCH_LIBRARY_IMPL(layerprune, CUDA, m) { register_operators(m); }
+STABLE_TORCH_LIBRARY_IMPL(layerprune, CUDA, m) {
+  register_operators(m);
+  register_masked_operators(m);
+}
 
 }  // namespace layerprune

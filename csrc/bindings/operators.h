@@ -42,6 +42,17 @@ void projected_gate_step_(Tensor theta, Tensor statistics, Tensor in_play, const
                           double horizon, double noise_factor, double decay, double confidence,
                           int64_t max_descending);
 
+std::tuple<Tensor, Tensor> gated_relu(const Tensor& x, const Tensor& branch, const Tensor& gate,
+                                      const std::optional<Tensor>& slot,
+                                      const std::optional<Tensor>& gate_grad_rows);
+
+std::tuple<Tensor, Tensor, Tensor> gated_relu_backward(const Tensor& grad, const Tensor& mask,
+                                                       bool channels_last, const Tensor& gate,
+                                                       const std::optional<Tensor>& slot,
+                                                       const std::optional<Tensor>& factor,
+                                                       const std::optional<Tensor>& gate_grad_rows,
+                                                       int64_t branch_rows);
+
 template <typename Library>
 void register_operators(Library& m) {
   m.impl("gated_residual", TORCH_BOX(&gated_residual));
@@ -53,6 +64,13 @@ void register_operators(Library& m) {
   m.impl("gate_factor", TORCH_BOX(&gate_factor));
   m.impl("sample_gates", TORCH_BOX(&sample_gates));
   m.impl("projected_gate_step_", TORCH_BOX(&projected_gate_step_));
+}
+
+// Those with ReLU's mask, which the kernels of a GPU write and read; the CPU's keep the result.
+template <typename Library>
+void register_masked_operators(Library& m) {
+  m.impl("gated_relu", TORCH_BOX(&gated_relu));
+  m.impl("gated_relu_backward", TORCH_BOX(&gated_relu_backward));
 }
 
 }  // namespace layerprune

@@ -43,8 +43,9 @@ class Sampling {
   uint32_t section_;
 };
 
+// `mask` as in ForwardParams.
 Tensor forward(const Tensor& x, const Tensor& branch, const Gates& gates,
-               const std::optional<Tensor>& slot, SumForm form) {
+               const std::optional<Tensor>& slot, SumForm form, uint8_t* mask = nullptr) {
   check_rows_like("branch", branch, x);
   check_slots(slot, x.size(0), branch.size(0));
   const MemoryFormat format = row_format(x);
@@ -61,6 +62,7 @@ Tensor forward(const Tensor& x, const Tensor& branch, const Gates& gates,
   p.gate = gates.given;
   p.sampled = gates.sampled;
   p.slot = read<int32_t>(slot);
+  p.mask = mask;
   run(p, x.get_device_index());
   return y;
 }
@@ -119,30 +121,42 @@ struct Gradients {
   std::optional<Tensor> d_gate;  // where there is a factor
 };
 
-Gradients backward(const Tensor& grad, const std::optional<Tensor>& y, const Gates& gates,
+// What backward knows of the forward's result: it, or the mask, where there was a ReLU; its format.
+struct Result {
+  std::optional<Tensor> y;
+  std::optional<Tensor> mask;
+  MemoryFormat format;
+};
+
+Result result_of(const std::optional<Tensor>& y, const Tensor& grad) {
+  if (!y) return {std::nullopt, std::nullopt, row_format(grad)};
+  check_rows_like("y", *y, grad);
+  check(y->size(0) == grad.size(0), "y has ", y->size(0), " rows for ", grad.size(0),
+        " of the gradient");
+  const MemoryFormat format = row_format(*y);
+  return {with_dense_rows(*y, format), std::nullopt, format};
+}
+
+Gradients backward(const Tensor& grad, const Result& result, const Gates& gates,
                    const std::optional<Tensor>& slot, const std::optional<Tensor>& factor,
                    const std::optional<Tensor>& gate_grad_rows, int64_t branch_rows, bool lerp) {
   const int64_t batch = grad.size(0);
-  if (y) {
-    check_rows_like("y", *y, grad);
-    check(y->size(0) == batch, "y has ", y->size(0), " rows for ", batch, " of the gradient");
-  }
   check(branch_rows >= 0, "branch_rows is ", branch_rows);
   check_slots(slot, batch, branch_rows);
   const int32_t device = grad.get_device_index();
-  const MemoryFormat format = row_format(y ? *y : grad);
+  const MemoryFormat format = result.format;
   const Tensor incoming = with_dense_rows(grad, format);
-  const Tensor output = y ? with_dense_rows(*y, format) : incoming;
   const Tensor d_x = empty_rows(batch, grad, grad.scalar_type(), format);
   const Tensor d_branch = empty_rows(branch_rows, grad, grad.scalar_type(), format);
 
   BackwardParams p{};
   p.type = element_type(grad);
-  p.form = sum_form(y.has_value(), lerp);
+  p.form = sum_form(result.y || result.mask, lerp);
   p.rows = batch;
   p.size = row_size(grad);
   p.grad = rows_in(incoming);
-  p.y = rows_in(output);
+  if (result.y) p.y = rows_in(*result.y);
+  p.mask = read<uint8_t>(result.mask);
   p.d_x = rows_out(d_x);
   p.d_branch = rows_out(d_branch);
   p.gate = gates.given;
@@ -165,6 +179,19 @@ Gradients backward(const Tensor& grad, const std::optional<Tensor>& y, const Gat
   return {d_x, d_branch, d_gate};
 }
 
+// With zeros where no gate's gradient was asked for.
+std::tuple<Tensor, Tensor, Tensor> with_gate_gradient(const Gradients& found, const Tensor& gates) {
+  return {found.d_x, found.d_branch,
+          found.d_gate ? *found.d_gate : torch::stable::new_zeros(gates, {gates.numel()})};
+}
+
+// A list of rows of any length.
+std::optional<Tensor> checked_rows(const char* name, const std::optional<Tensor>& rows,
+                                   const Tensor& like) {
+  if (!rows) return std::nullopt;
+  return checked(name, *rows, like, ScalarType::Long, {rows->numel()});
+}
+
 }  // namespace
 
 Tensor gated_residual(const Tensor& x, const Tensor& branch, const Tensor& gate,
@@ -185,12 +212,40 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
   const int64_t batch = grad.size(0);
   const Tensor gates = checked("gate", gate, grad, ScalarType::Float, {batch});
   const auto slots = checked("slot", slot, grad, ScalarType::Int, {batch});
-  const auto asked = gate_grad_rows ? checked("gate_grad_rows", gate_grad_rows, grad,
-                                              ScalarType::Long, {gate_grad_rows->numel()})
-                                    : std::nullopt;
-  Gradients found = backward(grad, y, given(gates), slots, factor, asked, branch_rows, lerp);
-  return {found.d_x, found.d_branch,
-          found.d_gate ? *found.d_gate : torch::stable::new_zeros(gates, {batch})};
+  const auto asked = checked_rows("gate_grad_rows", gate_grad_rows, grad);
+  return with_gate_gradient(
+      backward(grad, result_of(y, grad), given(gates), slots, factor, asked, branch_rows, lerp),
+      gates);
+}
+
+std::tuple<Tensor, Tensor> gated_relu(const Tensor& x, const Tensor& branch, const Tensor& gate,
+                                      const std::optional<Tensor>& slot,
+                                      const std::optional<Tensor>&) {
+  check(x.dim() > 0, "x must have at least one dimension");
+  const int64_t batch = x.size(0);
+  const Tensor gates = checked("gate", gate, x, ScalarType::Float, {batch});
+  const auto slots = checked("slot", slot, x, ScalarType::Int, {batch});
+  const Tensor mask =
+      torch::stable::new_empty(x, {batch, mask_bytes(row_size(x))}, ScalarType::Byte);
+  return {forward(x, branch, given(gates), slots, SumForm::kAddRelu, write<uint8_t>(mask)), mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_relu_backward(const Tensor& grad, const Tensor& mask,
+                                                       bool channels_last, const Tensor& gate,
+                                                       const std::optional<Tensor>& slot,
+                                                       const std::optional<Tensor>& factor,
+                                                       const std::optional<Tensor>& gate_grad_rows,
+                                                       int64_t branch_rows) {
+  check(grad.dim() > 0, "grad must have at least one dimension");
+  const int64_t batch = grad.size(0);
+  const Tensor bits =
+      checked("mask", mask, grad, ScalarType::Byte, {batch, mask_bytes(row_size(grad))});
+  const Tensor gates = checked("gate", gate, grad, ScalarType::Float, {batch});
+  const auto slots = checked("slot", slot, grad, ScalarType::Int, {batch});
+  const auto asked = checked_rows("gate_grad_rows", gate_grad_rows, grad);
+  const Result result{std::nullopt, bits, memory_format(grad.dim(), channels_last)};
+  return with_gate_gradient(
+      backward(grad, result, given(gates), slots, factor, asked, branch_rows, false), gates);
 }
 
 std::tuple<Tensor, Tensor> sampled_gated_residual(const Tensor& x, const Tensor& branch,
@@ -210,8 +265,8 @@ std::tuple<Tensor, Tensor> sampled_gated_residual_backward(const Tensor& grad,
                                                            bool lerp) {
   check(grad.dim() > 0, "grad must have at least one dimension");
   const Sampling sampling(theta, rng_state, section, grad);
-  Gradients found = backward(grad, y, sampling.gates(nullptr), std::nullopt, std::nullopt,
-                             std::nullopt, grad.size(0), lerp);
+  Gradients found = backward(grad, result_of(y, grad), sampling.gates(nullptr), std::nullopt,
+                             std::nullopt, std::nullopt, grad.size(0), lerp);
   return {found.d_x, found.d_branch};
 }
 

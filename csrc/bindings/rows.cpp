@@ -48,6 +48,12 @@ MemoryFormat row_format(const Tensor& tensor) {
   return MemoryFormat::Contiguous;
 }
 
+MemoryFormat memory_format(int64_t dim, bool channels_last) {
+  if (!channels_last) return MemoryFormat::Contiguous;
+  check(dim == 4 || dim == 5, "channels lie last in 4 or 5 dimensions, not in ", dim);
+  return dim == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
 bool is_dense(const Tensor& tensor, MemoryFormat format) { return dense(tensor, format, 0); }
 
 Tensor with_dense_rows(const Tensor& tensor, MemoryFormat format) {

@@ -10,6 +10,9 @@ namespace layerprune {
 // contiguous.
 torch::headeronly::MemoryFormat row_format(const Tensor& tensor);
 
+// The format of a tensor of so many dimensions whose channels lie last, or do not.
+torch::headeronly::MemoryFormat memory_format(int64_t dim, bool channels_last);
+
 // Whether the whole tensor lies densely in memory in this format.
 bool is_dense(const Tensor& tensor, torch::headeronly::MemoryFormat format);
 

@@ -30,7 +30,7 @@ template <typename T, SumForm form, bool aligned>
 __global__ void __launch_bounds__(kThreads) backward_kernel(BackwardParams p) {
   using A = Accumulated<T>;
   using Factor = std::conditional_t<form == SumForm::kLerp, A, T>;
-  constexpr int chunk = kChunk<T>;
+  constexpr int chunk = kSumChunk<T, form>;
   const int64_t per_row = segments(p.size);
   for_segments(p.rows, p.size, [&](int64_t row, int64_t offset, int64_t count) {
     A partial = 0;
@@ -40,7 +40,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(BackwardParams p) {
       const A gate = gate_of(p, row);
       const bool running = slot >= 0 && gate != 0;
       const T* grad = at<T>(p.grad, row, offset);
-      const T* y = form == SumForm::kAddRelu ? at<T>(p.y, row, offset) : nullptr;
+      const bool masked = form == SumForm::kAddRelu && p.mask != nullptr;
+      const uint8_t* mask =
+          masked ? p.mask + row * mask_bytes(p.size) + offset / kMaskBits : nullptr;
+      const T* y = form == SumForm::kAddRelu && !masked ? at<T>(p.y, row, offset) : nullptr;
       T* d_x = at<T>(p.d_x, row, offset);
       T* d_branch = slot < 0 ? nullptr : at<T>(p.d_branch, slot, offset);
       const Factor* factor = nullptr;
@@ -52,16 +55,21 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(BackwardParams p) {
       }
       for_chunks<chunk>(count, [&](int i) {
         const int64_t left = count - i;
-        Chunk<T, chunk> passed = load<aligned, chunk>(grad + i, left);
+        // All loads before what waits for them.
+        uint32_t bits = 0;
         if constexpr (form == SumForm::kAddRelu) {
-          const Chunk<T, chunk> out = load<aligned, chunk>(y + i, left);
+          bits = masked ? mask[i / kMaskBits] : passing(load<aligned, chunk>(y + i, left));
+        }
+        Chunk<T, chunk> passed = load<aligned, chunk>(grad + i, left);
+        Chunk<Factor, chunk> by;
+        if (factor != nullptr) by = load<aligned, chunk>(factor + i, left);
+        if constexpr (form == SumForm::kAddRelu) {
 #pragma unroll
           for (int e = 0; e < chunk; ++e) {
-            passed.v[e] = zero_unless_positive(passed.v[e], out.v[e]);
+            passed.v[e] = zero_unless(bits >> e & 1u, passed.v[e]);
           }
         }
         if (factor != nullptr) {
-          const Chunk<Factor, chunk> by = load<aligned, chunk>(factor + i, left);
 #pragma unroll
           for (int e = 0; e < chunk; ++e) {
             // Beyond the row's end the factor is 0, and so is what passed.
@@ -119,12 +127,13 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
     using T = decltype(element);
     return by_form(p.form, [&](auto form) {
       using Factor = std::conditional_t<form() == SumForm::kLerp, Accumulated<T>, T>;
-      const bool all_aligned = rows_aligned<T>(p.grad, p.size) && rows_aligned<T>(p.d_x, p.size) &&
-                               rows_aligned<T>(p.d_branch, p.size) &&
-                               (form() != SumForm::kAddRelu || rows_aligned<T>(p.y, p.size)) &&
-                               (p.gate_sums == nullptr || rows_aligned<Factor>(p.factor, p.size));
+      const bool all_aligned =
+          rows_aligned<T>(p.grad, p.size) && rows_aligned<T>(p.d_x, p.size) &&
+          rows_aligned<T>(p.d_branch, p.size) &&
+          (form() != SumForm::kAddRelu || p.mask != nullptr || rows_aligned<T>(p.y, p.size)) &&
+          (p.gate_sums == nullptr || rows_aligned<Factor>(p.factor, p.size));
       return by_alignment(all_aligned, [&](auto aligned) {
-        const Layout layout = row_layout(p.rows, p.size, kChunk<T>);
+        const Layout layout = row_layout(p.rows, p.size, kSumChunk<T, form()>);
         backward_kernel<T, form(), aligned()><<<layout.grid, layout.block, 0, stream>>>(p);
         return cudaGetLastError();
       });

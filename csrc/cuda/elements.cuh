@@ -44,20 +44,37 @@ __device__ inline T relu(T value) {
   return widen(value) < 0 ? zero : value;
 }
 template <typename T>
-__device__ inline T zero_unless_positive(T value, T y) {
+__device__ inline bool passes(T y) {
+  return !(widen(y) <= 0);
+}
+template <typename T>
+__device__ inline T zero_unless(bool passes, T value) {
   T zero;
   narrow(0, &zero);
-  return widen(y) <= 0 ? zero : value;
+  return passes ? value : zero;
 }
 
-// As many elements of any type as fill 16 bytes of type T: what a thread works on at a time.
+// As many elements of any type as fill 16 bytes of type T: what a thread works on at a time, but
+// for ReLU's sums, where that is a byte of the mask.
 template <typename T>
 constexpr int kChunk = 16 / sizeof(T);
+
+template <typename T, SumForm form>
+constexpr int kSumChunk = form == SumForm::kAddRelu ? kMaskBits : kChunk<T>;
 
 template <typename T, int n>
 struct Chunk {
   T v[n];
 };
+
+// A bit for every element that ReLU lets through, the first one's the lowest.
+template <typename T>
+__device__ inline uint8_t passing(const Chunk<T, kMaskBits>& y) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int e = 0; e < kMaskBits; ++e) bits |= (passes(y.v[e]) ? 1u : 0u) << e;
+  return static_cast<uint8_t>(bits);
+}
 
 // `left` elements from p on are in the row; others are not read. Where `aligned`, p is on a 16-byte
 // boundary and all n are in the row.
@@ -82,9 +99,13 @@ __device__ inline Chunk<T, n> load(const T* __restrict__ p, int64_t left) {
 
 // As a plain assignment, the compiler would at times write the elements one by one.
 __device__ inline void store_words(uint4* p, uint4 words) {
+#ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
                "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
                : "memory");
+#else  // tests run kernels on the host
+  *p = words;
+#endif
 }
 
 template <bool aligned, int n, typename T>

@@ -25,7 +25,7 @@ __device__ inline T combined(T x, T branch, Accumulated<T> gate) {
 
 template <typename T, SumForm form, bool aligned>
 __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
-  constexpr int chunk = kChunk<T>;
+  constexpr int chunk = kSumChunk<T, form>;
   for_segments(p.rows, p.size, [&](int64_t row, int64_t offset, int64_t count) {
     if (row < 0) return;
     const int64_t slot = existing(p.slot == nullptr ? row : p.slot[row], p.branch.rows);
@@ -33,6 +33,13 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
     if (p.sampled.gates != nullptr && offset == 0 && threadIdx.x == 0) p.sampled.gates[row] = gate;
     const T* x = at<T>(p.x, row, offset);
     T* y = at<T>(p.y, row, offset);
+    const auto put = [&](int i, const Chunk<T, chunk>& values) {
+      store<aligned>(y + i, values, count - i);
+      if constexpr (form == SumForm::kAddRelu) {
+        if (p.mask == nullptr) return;
+        p.mask[row * mask_bytes(p.size) + (offset + i) / kMaskBits] = passing(values);
+      }
+    };
     if (slot < 0 || gate == 0) {
       for_chunks<chunk>(count, [&](int i) {
         Chunk<T, chunk> values = load<aligned, chunk>(x + i, count - i);
@@ -40,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
 #pragma unroll
           for (int e = 0; e < chunk; ++e) values.v[e] = relu(values.v[e]);
         }
-        store<aligned>(y + i, values, count - i);
+        put(i, values);
       });
       return;
     }
@@ -52,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
       for (int e = 0; e < chunk; ++e) {
         values.v[e] = combined<form>(values.v[e], others.v[e], gate);
       }
-      store<aligned>(y + i, values, count - i);
+      put(i, values);
     });
   });
 }
@@ -67,7 +74,7 @@ cudaError_t launch(const ForwardParams& p, cudaStream_t stream) {
                              rows_aligned<T>(p.y, p.size);
     return by_form(p.form, [&](auto form) {
       return by_alignment(all_aligned, [&](auto aligned) {
-        const Layout layout = row_layout(p.rows, p.size, kChunk<T>);
+        const Layout layout = row_layout(p.rows, p.size, kSumChunk<T, form()>);
         forward_kernel<T, form(), aligned()><<<layout.grid, layout.block, 0, stream>>>(p);
         return cudaGetLastError();
       });
