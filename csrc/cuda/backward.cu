@@ -128,8 +128,8 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
     return by_form(p.form, [&](auto form) {
       using Factor = std::conditional_t<form() == SumForm::kLerp, Accumulated<T>, T>;
       const bool all_aligned =
-          rows_aligned<T>(p.grad, p.size) && rows_aligned<T>(p.d_x, p.size) &&
-          rows_aligned<T>(p.d_branch, p.size) &&
+          p.size % kSumChunk<T, form()> == 0 && rows_aligned<T>(p.grad, p.size) &&
+          rows_aligned<T>(p.d_x, p.size) && rows_aligned<T>(p.d_branch, p.size) &&
           (form() != SumForm::kAddRelu || p.mask != nullptr || rows_aligned<T>(p.y, p.size)) &&
           (p.gate_sums == nullptr || rows_aligned<Factor>(p.factor, p.size));
       return by_alignment(all_aligned, [&](auto aligned) {

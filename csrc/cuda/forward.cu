@@ -70,9 +70,9 @@ cudaError_t launch(const ForwardParams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
   return by_type(p.type, [&](auto element) {
     using T = decltype(element);
-    const bool all_aligned = rows_aligned<T>(p.x, p.size) && rows_aligned<T>(p.branch, p.size) &&
-                             rows_aligned<T>(p.y, p.size);
     return by_form(p.form, [&](auto form) {
+      const bool all_aligned = p.size % kSumChunk<T, form()> == 0 && rows_aligned<T>(p.x, p.size) &&
+                               rows_aligned<T>(p.branch, p.size) && rows_aligned<T>(p.y, p.size);
       return by_alignment(all_aligned, [&](auto aligned) {
         const Layout layout = row_layout(p.rows, p.size, kSumChunk<T, form()>);
         forward_kernel<T, form(), aligned()><<<layout.grid, layout.block, 0, stream>>>(p);

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerprune.ops import reference
+from layerprune.ops import masked, reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FORMS = [(False, False), (True, False), (False, True)]  # relu, lerp
@@ -62,8 +62,11 @@ def check(implementation, close, x, branch, grad, gate, slot, relu, lerp, asking
     """Forward, what is kept of the branch, and backward."""
     eager = reference.gated_residual(x, branch, gate, slot, relu, lerp)
     want = reference.gated_residual(x.double(), branch.double(), gate, slot, relu, lerp)
-    close(implementation("gated_residual", x, branch, gate, slot, None, relu, lerp), eager, want)
+    y = implementation("gated_residual", x, branch, gate, slot, None, relu, lerp)
+    close(y, eager, want)
     kept = eager if relu else None
+    if relu:
+        check_mask(implementation, x, branch, grad, gate, slot, y)
     for asked in askings:
         factor = reference.gate_factor(x, branch, slot, asked, lerp)
         want = reference.gate_factor(x.double(), branch.double(), slot, asked, lerp)
@@ -80,6 +83,21 @@ def check(implementation, close, x, branch, grad, gate, slot, relu, lerp, asking
         if not implementation.slow:
             again = implementation("gated_residual_backward", *arguments)
             assert all(map(torch.equal, found, again))
+
+
+def check_mask(implementation, x, branch, grad, gate, slot, y):
+    """With a bit for every element in place of y: the same numbers, bit for bit."""
+    layout = reference.row_format(x)
+    found, mask = implementation("gated_relu", x, branch, gate, slot, None)
+    assert torch.equal(found, y) and found.stride() == y.stride()
+    assert torch.equal(mask, masked.pack(~(reference.flat_rows(y, layout) <= 0)))
+    factor = reference.gate_factor(x, branch, slot, None, False)
+    rest = (gate, slot, factor, None, branch.shape[0])
+    channels_last = layout is not torch.contiguous_format
+    by_mask = implementation("gated_relu_backward", grad, mask, channels_last, *rest)
+    by_y = implementation("gated_residual_backward", grad, y, *rest, False)
+    for one, other in zip(by_mask, by_y, strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
 
 
 @pytest.mark.parametrize("slots", SLOTS, ids=str)
