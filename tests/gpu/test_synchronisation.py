@@ -43,7 +43,7 @@ def test_waiting_is_noticed():
     """Reading a value, and copies from pageable memory; launching a kernel is none of it."""
     x, host = torch.ones(4, device="cuda"), torch.ones(4)
     x.sum().item()
-    assert "cudaStreamSynchronize" in waits(lambda: x.sum().item())
+    assert waits(lambda: x.sum().item())
     assert waits(lambda: host.to("cuda"))
     assert not waits(lambda: x.add_(1))
 

@@ -43,10 +43,11 @@ def pytest_make_collect_report(collector):
         return (yield)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    with _values(item.config):
-        return (yield)
+@pytest.fixture(autouse=True, scope="module")
+def values(request):
+    """What a module's tests make lies on the device."""
+    with _values(request.config):
+        yield
 
 
 def pytest_runtest_setup(item):
