@@ -124,6 +124,7 @@ def cuda_library(flags: list[str], headers: list[str]) -> setuptools.Extension:
         "layerprune._cuda",
         [*sorted(map(str, Path("csrc/cuda").glob("*.cu"))), *SHARED, "csrc/bindings/cuda.cpp"],
         depends=headers,
+        define_macros=[("USE_CUDA", None)],  # for the stream in torch's C interface
         extra_compile_args={"cxx": flags, "nvcc": device_flags},
         py_limited_api=True,
     )

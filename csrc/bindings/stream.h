@@ -1,7 +1,6 @@
 // Launches on the current stream of the tensors' device.
 #pragma once
 
-#define USE_CUDA  // for the stream in torch's C interface
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
