@@ -136,10 +136,10 @@ def relative_costs(
         missing = [name for name in names if name not in cost]
         if missing:
             raise ValueError(f"cost gives no value for section {missing[0]!r}")
-        return torch.tensor([float(cost[name]) for name in names])
+        return torch.tensor([float(cost[name]) for name in names], device="cpu")
     measures = {"flops": flops, "params": params, "uniform": [1.0] * len(names)}
     if not isinstance(cost, str) or cost not in measures:
         raise ValueError(
             f'cost must be "flops", "params", "uniform" or a mapping by section name, got {cost!r}'
         )
-    return torch.tensor([float(value) for value in measures[cost]])
+    return torch.tensor([float(value) for value in measures[cost]], device="cpu")

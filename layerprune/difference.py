@@ -126,8 +126,9 @@ class OutputPath:
         self._gates = gates
         self._sign = -1.0 if trained_on else 1.0
         self._rows_factor = rows_factor
-        state = torch.tensor([rng[0] ^ _PATH_STREAM, rng[1], 0])
-        self._t = ops.sample_gates(torch.zeros(1), batch_size, state, torch.ones(1)).gates[0]
+        state = torch.tensor([rng[0] ^ _PATH_STREAM, rng[1], 0], device="cpu")
+        every_row = torch.ones(1, device="cpu")
+        self._t = ops.sample_gates(1 - every_row, batch_size, state, every_row).gates[0]
         self._earlier: dict[Gate, deque[Tensor]] = {}
         self._per_row: Tensor | None = None
         self._common: Tensor | None = None

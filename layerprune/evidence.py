@@ -94,7 +94,8 @@ class PendingEvidence:
         self._rows_factor = rows_factor
         self._accumulation = accumulation
         # `scaler.get_scale()` would wait for the device.
-        scale = torch.ones(()) if scaler is None else scaler.scale(torch.ones((), device=device))
+        one = torch.ones((), device="cpu" if scaler is None else device)
+        scale = one if scaler is None else scaler.scale(one)
         self._scale = HostCopy([scale])
 
     def arrive(self) -> StepEvidence:

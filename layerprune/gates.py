@@ -102,8 +102,8 @@ class Gate:
 class GateBank:
     """The gates of all sections: theta, the random stream, the draws waiting for their gradients.
 
-    Theta is on the host on every device: the rows on which a branch runs must be known there before
-    it is launched.
+    Theta is on the host on every device, also where the user's default device is another: the rows
+    on which a branch runs must be known there before it is launched.
 
     Args:
         names: a name for each section.
@@ -116,8 +116,8 @@ class GateBank:
         for gate in self.gates:
             gate.owned = True
         self.config = config
-        self.theta = torch.full((len(names),), float(config.theta_init))
-        self.probe_rate = torch.zeros(len(names))
+        self.theta = torch.full((len(names),), float(config.theta_init), device="cpu")
+        self.probe_rate = torch.zeros(len(names), device="cpu")
         self.seed = seed
         self.draw_number = 0
         self._pending: list[tuple[dict[int, Tensor], Tensor]] = []
@@ -149,7 +149,7 @@ class GateBank:
             for index, value in forced.items():
                 theta[index] = value
                 probe_rate[index] = 0.0
-        state = torch.tensor([self.seed, self.draw_number, 0])
+        state = torch.tensor([self.seed, self.draw_number, 0], device="cpu")
         drawn = ops.sample_gates(
             theta,
             batch_size,

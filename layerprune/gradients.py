@@ -42,8 +42,8 @@ class GateGradients:
         slopes, counts = [], []
         arrived = iter(self._copy.get())
         for graded, indices in zip(self._graded, self._indices, strict=True):
-            slope = torch.zeros(graded.shape)
-            heard = torch.zeros(graded.shape[0], dtype=torch.bool)
+            slope = torch.zeros_like(graded, dtype=torch.float32)
+            heard = graded.new_zeros(graded.shape[0])
             if indices:
                 slope[indices] = next(arrived) * (rows_factor(graded.shape[1]) / scale)
                 heard[indices] = True

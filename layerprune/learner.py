@@ -14,7 +14,7 @@ from layerprune.run import RunState
 PROBE_SHARE = 0.125
 """Probed share of a section's rows at the most."""
 
-_WEAKENED = torch.tensor([0.5, 0.5, 0.5, 1.0, 0.5])
+_WEAKENED = torch.tensor([0.5, 0.5, 0.5, 1.0, 0.5], device="cpu")
 """What is left of the statistics when the network has changed: half the weight, the same mean."""
 
 
@@ -28,8 +28,8 @@ class ThetaLearner:
     def __init__(self, run: RunState) -> None:
         self._run = run
         count = len(run.sections)
-        self.statistics = torch.zeros(STATISTICS, count)
-        self.in_play = torch.zeros(count, dtype=torch.bool)
+        self.statistics = torch.zeros(STATISTICS, count, device="cpu")
+        self.in_play = torch.zeros(count, dtype=torch.bool, device="cpu")
 
     def move(self, slope: Tensor, counted: Tensor) -> None:
         """One projected SGD step; in warm-up only the statistics move.
@@ -40,7 +40,8 @@ class ThetaLearner:
         """
         run = self._run
         learning = run.phase == "learning"
-        free = torch.tensor([learning and status == "open" for status in run.status])
+        movable = [learning and status == "open" for status in run.status]
+        free = torch.tensor(movable, device="cpu")
         if run.judge.current is not None:
             free[run.judge.current] = False
         horizon = run.schedule.horizon

@@ -57,7 +57,7 @@ def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Ten
     for tensor in tensors:
         ends.append((total, total + tensor.nbytes))
         total += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    pinned = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+    pinned = torch.empty(total, dtype=torch.uint8, device="cpu", pin_memory=True)
     for tensor, (start, end) in zip(tensors, ends, strict=True):
         _part(pinned, start, end, tensor).copy_(tensor)
     there = pinned.to(device, non_blocking=True)

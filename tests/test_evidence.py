@@ -17,11 +17,15 @@ from layerprune.transfer import HostCopy, to_device
 ROWS = 32
 
 
-def _pruner():
-    """A pruner in learning, without competition: every theta with evidence moves."""
+def _model():
     torch.manual_seed(0)
     blocks = [GatedResidual(nn.Sequential(nn.Linear(6, 6), nn.Tanh())) for _ in range(3)]
-    model = nn.Sequential(nn.Linear(4, 6), *blocks, nn.Linear(6, 3))
+    return nn.Sequential(nn.Linear(4, 6), *blocks, nn.Linear(6, 3))
+
+
+def _pruner():
+    """A pruner in learning, without competition: every theta with evidence moves."""
+    model = _model()
     config = PruneConfig(warm_up=0.0, warm_up_limit=0.0, max_descending=None)
     pruner = LayerPruner(
         model, example_inputs=torch.zeros(2, 4), total_steps=1000, strength=0.1, config=config
@@ -164,3 +168,26 @@ def test_on_the_host_nothing_is_copied():
     copied = HostCopy([tensors[1].requires_grad_()]).get()[0]
     assert copied.equal(tensors[1]) and not copied.requires_grad
     assert copied.data_ptr() == tensors[1].data_ptr()
+
+
+def test_a_run_under_another_default_device():
+    """What the pruner keeps for itself is on the host: on "meta" it would have no values."""
+
+    def run(device):
+        model = _model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = [(torch.randn(64, 4), torch.randint(0, 3, (64,))) for _ in range(150)]
+        examples = torch.zeros(2, 4)
+        with torch.device(device):
+            pruner = LayerPruner(model, example_inputs=examples, total_steps=150, strength=0.5)
+            for x, y in batches:
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                pruner.step(optimizer)
+                optimizer.zero_grad()
+            torch.save(pruner.state_dict(), io.BytesIO())
+        return [(event.step, event.section, event.decision) for event in pruner.events]
+
+    expected = run("cpu")
+    assert run("meta") == expected
+    assert {"eliminated"} <= {decision for _, _, decision in expected}
