@@ -1,7 +1,7 @@
-// Launches on the current stream of the tensors' device.
+// Launches on the current stream of the tensors' device. Needs USE_CUDA, defined before anything of
+// torch is included.
 #pragma once
 
-#define USE_CUDA  // for the stream in torch's C interface
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
