@@ -59,6 +59,10 @@ sanitize: $(READY)  ## run the operations' tests with AddressSanitizer and UBSan
 	    ATEN_CPU_CAPABILITY=$$capability LAYERPRUNE_BACKEND=compiled ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    PYTHONPATH="$(CURDIR)/$(SANITIZED)" $(RUN) -m pytest ops -k $(NO_INDUCTOR) || exit 1; done
+	cd tests && CFLAGS="-g $(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" \
+	    ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    PYTHONPATH="$(CURDIR)/$(SANITIZED)" $(RUN) -m pytest gpu/operators
 
 test-oldest: $(READY)  ## build with this torch, run the core's tests under the oldest one
 	rm -rf build/oldest

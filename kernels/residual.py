@@ -13,6 +13,7 @@ from torch import Tensor
 from layerprune.kernels.philox import row_words, uniform
 from layerprune.kernels.rows import (
     CONFIGS,
+    COUNTS,
     SEGMENT,
     dense_rows,
     inverse,
@@ -72,7 +73,7 @@ def _load_mask(mask, row, offsets, size, BLOCK: tl.constexpr):
 
 
 @triton.autotune(CONFIGS, key=["size_class"])
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     x, x_stride, branch, branch_stride, y, mask, gate, slot, gates_out, theta, rng_state, section,
     size, branch_rows, size_class,
@@ -95,7 +96,7 @@ def _forward_kernel(
         # From the nearer end, as torch.lerp; at 1 also of infinite numbers exactly the branch.
         difference = wide_b - wide_a
         near = (weight < 0.5) & (weight > -0.5)
-        mixed = tl.where(near, wide_a + weight * difference, wide_b - difference * (1 - weight))
+        mixed = tl.where(near, wide_a, wide_b) + tl.where(near, weight, weight - 1) * difference
         mixed = tl.where(weight == 1, wide_b, mixed)
     else:
         mixed = wide_a + weight * wide_b
@@ -109,7 +110,8 @@ def _forward_kernel(
         _store_mask(mask, row, offsets, passes, size, BLOCK)
 
 
-@triton.jit
+# Not tuned: a block of another size, or another number of warps, would sum in another order.
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
     grad, grad_stride, y, y_stride, mask, factor, factor_stride, factor_row, d_x, d_branch, parts,
     gate, slot, owner, theta, rng_state, section, size, rows, branch_rows, factor_rows,

@@ -20,8 +20,13 @@ from layerprune.ops.reference import accumulation_dtype, empty_rows, row_format
 SEGMENT = 2048
 """Elements of a row that one program sums: fixed, for sums must not depend on what was tuned."""
 
+COUNTS = ("section", "rows", "branch_rows", "x_rows", "out_rows", "factor_rows")
+"""Arguments that change from step to step. A kernel for those divisible by 16, and another for 1,
+would be compiled in the middle of a training."""
+
 # A choice of the tuner's is made anew in every process; it must not change a result, and these
-# kernels sum nothing.
+# kernels sum nothing. It is made once for sizes of a row between two powers of 2, whatever the
+# number of rows.
 CONFIGS = [
     triton.Config({"BLOCK": block}, num_warps=warps)
     for block, warps in ((1024, 4), (2048, 4), (4096, 8))
@@ -55,13 +60,13 @@ def position(size, BLOCK: tl.constexpr):
     A row without elements has a program too.
     """
     per_row = tl.maximum(tl.cdiv(size, BLOCK), 1)
-    unit = tl.program_id(0).to(tl.int64)
-    offsets = (unit % per_row) * BLOCK + tl.arange(0, BLOCK)
-    return unit // per_row, offsets, offsets < size
+    unit = tl.program_id(0)  # of 32 bits: a division of 64 costs as much as a part of the row
+    offsets = (unit % per_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return (unit // per_row).to(tl.int64), offsets, offsets < size
 
 
 @triton.autotune(CONFIGS, key=["size_class"])
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gather_kernel(x, x_stride, out, rows, size, x_rows, size_class, BLOCK: tl.constexpr):
     row, offsets, inside = position(size, BLOCK)
     source = tl.load(rows + row)
@@ -70,7 +75,8 @@ def _gather_kernel(x, x_stride, out, rows, size, x_rows, size_class, BLOCK: tl.c
     tl.store(out + row * size + offsets, values, mask=inside)
 
 
-@triton.jit
+# Not tuned: every trial would add the rows once more.
+@triton.jit(do_not_specialize=COUNTS)
 def _scatter_add_kernel(out, rows, source, source_stride, size, out_rows, BLOCK: tl.constexpr):
     row, offsets, inside = position(size, BLOCK)
     target = tl.load(rows + row)
@@ -81,9 +87,10 @@ def _scatter_add_kernel(out, rows, source, source_stride, size, out_rows, BLOCK:
     tl.store(place, rounded(wide(held) + wide(added), held.dtype), mask=there)
 
 
-@triton.jit
+@triton.autotune(CONFIGS, key=["size_class"])
+@triton.jit(do_not_specialize=COUNTS)
 def _factor_kernel(
-    x, x_stride, branch, branch_stride, out, x_row, slot, size, x_rows, branch_rows,
+    x, x_stride, branch, branch_stride, out, x_row, slot, size, x_rows, branch_rows, size_class,
     LERP: tl.constexpr, ASKED: tl.constexpr, SLOTTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, offsets, inside = position(size, BLOCK)
@@ -102,7 +109,7 @@ def _factor_kernel(
     tl.store(out + row * size + offsets, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count", "size"))
 def _inverse_kernel(index, out, count, size, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK).to(tl.int64)
     for start in range(0, size, BLOCK):
@@ -193,7 +200,7 @@ def gate_factor(
     size = row_size(out)
     _factor_kernel[programs_for(count, size)](
         inputs, inputs.stride(0), others, others.stride(0), out, x_row, slot, size,
-        x.shape[0], branch.shape[0],
-        LERP=lerp, ASKED=asked, SLOTTED=slot is not None, BLOCK=SEGMENT,
+        x.shape[0], branch.shape[0], size.bit_length(),
+        LERP=lerp, ASKED=asked, SLOTTED=slot is not None,
     )  # fmt: skip
     return out

@@ -1,4 +1,5 @@
-// Launches on the current stream of the tensors' device.
+// Launches on the current stream of the tensors' device. Needs USE_CUDA, defined before anything of
+// torch is included.
 #pragma once
 
 #include <cuda_runtime_api.h>
