@@ -25,6 +25,7 @@ FORMS = [
     {},
     {"SLOTTED": False},
     {"RELU": True},
+    {"RELU": True, "MASKED": True},
     {"LERP": True},
     {"SAMPLED": True, "SLOTTED": False},
 ]
@@ -33,7 +34,7 @@ SIZES = dict.fromkeys((*INTEGERS, *rows.COUNTS, "max_descending"), "i32")
 SIZES |= dict.fromkeys(("horizon", "noise_factor", "decay", "confidence"), "fp32")
 INDICES = {
     "slot": "*i32", "owner": "*i64", "factor_row": "*i64", "x_row": "*i64", "index": "*i32",
-    "rng_state": "*i64", "gate": "*fp32", "gates_out": "*fp32", "theta": "*fp32",
+    "rng_state": "*i64", "mask": "*u8", "gate": "*fp32", "gates_out": "*fp32", "theta": "*fp32",
     "parts": "*fp32", "slots": "*i32", "probes": "*i64", "counts": "*i64", "gates": "*fp32",
     "probe_rate": "*fp32", "statistics": "*fp32", "in_play": "*i1", "slope": "*fp32",
     "counted": "*i1", "penalty": "*fp32", "free": "*i1", "moved": "*fp32", "finished": "*i32",
@@ -87,6 +88,9 @@ def compiled(kernel, element, constants, architecture, warps=4, **types):
 def test_residual(form, element, architecture, tmp_path):
     """Every form, with 16-byte accesses."""
     flags = FLAGS | form
+    masked = flags.pop("MASKED", False)
+    if not masked:
+        flags["mask"] = None
     flags |= dict.fromkeys(("gate",) if flags["SAMPLED"] else ("theta", "rng_state"), None)
     if not flags["SLOTTED"]:
         flags["slot"] = None
@@ -98,7 +102,7 @@ def test_residual(form, element, architecture, tmp_path):
         assert WIDE.search(machine_code(code["cubin"], tmp_path))
     graded = not flags["SAMPLED"]
     backward = flags | {"GRADED": graded, "BLOCK": rows.SEGMENT}
-    missing = [] if flags["RELU"] else ["y"]
+    missing = [] if flags["RELU"] and not masked else ["y"]
     missing += [] if graded else ["factor", "parts", "factor_row"]
     missing += [] if flags["SLOTTED"] else ["owner"]
     wide = "fp64" if element == "fp64" else "fp32"

@@ -1,5 +1,4 @@
 // The operators for tensors on a GPU: launches on the current stream of the tensors' device.
-#define USE_CUDA  // for the stream in torch's C interface
 #include "device.h"
 #include "operators.h"
 #include "stream.h"

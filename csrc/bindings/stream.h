@@ -1,5 +1,4 @@
-// Launches on the current stream of the tensors' device. Needs USE_CUDA, defined before anything of
-// torch is included.
+// Launches on the current stream of the tensors' device. Needs USE_CUDA, which setup.py defines.
 #pragma once
 
 #include <cuda_runtime_api.h>
