@@ -38,18 +38,17 @@ struct Thread {
   jmp_buf place;
   uint3 index;
   State state;
-  int line;      // where it waits
-  uint64_t word; // what it brought
+  int line;       // where it waits
+  uint64_t word;  // what it brought
 };
 
 struct Block {
-  const std::function<void()> *kernel;
-  std::vector<std::unique_ptr<Thread>>
-      threads; // those of the largest block so far
+  const std::function<void()>* kernel;
+  std::vector<std::unique_ptr<Thread>> threads;  // those of the largest block so far
   size_t count;
-  std::vector<uint64_t> words; // of the lanes of a warp that met, for each warp
+  std::vector<uint64_t> words;  // of the lanes of a warp that met, for each warp
   int votes;
-  Thread *running;
+  Thread* running;
   jmp_buf scheduler;
   std::string error;
 };
@@ -58,7 +57,7 @@ Block block;
 std::mt19937 orders;
 std::vector<std::pair<std::unique_ptr<char[]>, size_t>> shared_variables;
 
-void garbage(char *memory, size_t bytes) { std::memset(memory, 0xFF, bytes); }
+void garbage(char* memory, size_t bytes) { std::memset(memory, 0xFF, bytes); }
 
 std::vector<uint32_t> shuffled(size_t count) {
   std::vector<uint32_t> order(count);
@@ -69,32 +68,29 @@ std::vector<uint32_t> shuffled(size_t count) {
 
 // Goes on with a thread until it waits. A jump costs a tenth of swapcontext,
 // which asks the kernel for the signals' mask: that only begins a stack.
-void go_on(Thread &thread) {
+void go_on(Thread& thread) {
   block.running = &thread;
   threadIdx = thread.index;
-  if (_setjmp(block.scheduler) != 0)
-    return;
-  if (thread.begun)
-    _longjmp(thread.place, 1);
+  if (_setjmp(block.scheduler) != 0) return;
+  if (thread.begun) _longjmp(thread.place, 1);
   thread.begun = true;
   setcontext(&thread.beginning);
 }
 
 // Leaves the running thread until others have come as far.
 void wait(State state, int line, uint64_t word) {
-  Thread &self = *block.running;
+  Thread& self = *block.running;
   self.state = state;
   self.line = line;
   self.word = word;
-  if (_setjmp(self.place) == 0)
-    _longjmp(block.scheduler, 1);
+  if (_setjmp(self.place) == 0) _longjmp(block.scheduler, 1);
 }
 
 void run_thread() {
   for (;;) {
     try {
       (*block.kernel)();
-    } catch (const std::exception &error) {
+    } catch (const std::exception& error) {
       block.error = error.what();
     }
     wait(State::kDone, 0, 0);
@@ -113,35 +109,30 @@ void add_thread() {
 
 // Whether `count` threads from `first` on are in this state at one line.
 bool met(size_t first, size_t count, State state) {
-  const Thread &leader = *block.threads[first];
+  const Thread& leader = *block.threads[first];
   for (size_t i = first; i < first + count; ++i) {
-    const Thread &thread = *block.threads[i];
-    if (thread.state != state || thread.line != leader.line)
-      return false;
+    const Thread& thread = *block.threads[i];
+    if (thread.state != state || thread.line != leader.line) return false;
   }
   return true;
 }
 
 void release(size_t first, size_t count) {
-  for (size_t i = first; i < first + count; ++i)
-    block.threads[i]->state = State::kRuns;
+  for (size_t i = first; i < first + count; ++i) block.threads[i]->state = State::kRuns;
 }
 
 // Lets those go on who have all met; false if nobody can.
 bool let_go_on() {
   bool any = false;
   for (size_t first = 0; first < block.count; first += kWarp) {
-    if (!met(first, kWarp, State::kAtWarp))
-      continue;
-    for (int i = 0; i < kWarp; ++i)
-      block.words[first + i] = block.threads[first + i]->word;
+    if (!met(first, kWarp, State::kAtWarp)) continue;
+    for (int i = 0; i < kWarp; ++i) block.words[first + i] = block.threads[first + i]->word;
     release(first, kWarp);
     any = true;
   }
   if (met(0, block.count, State::kAtBlock)) {
     block.votes = 0;
-    for (size_t i = 0; i < block.count; ++i)
-      block.votes += block.threads[i]->word != 0;
+    for (size_t i = 0; i < block.count; ++i) block.votes += block.threads[i]->word != 0;
     release(0, block.count);
     any = true;
   }
@@ -150,27 +141,22 @@ bool let_go_on() {
 
 std::string who_waits() {
   std::string text = "threads of a block do not meet:";
-  const char *names[] = {" runs", " at a barrier of the block",
-                         " at one of the warp", " has ended"};
+  const char* names[] = {" runs", " at a barrier of the block", " at one of the warp",
+                         " has ended"};
   for (size_t i = 0; i < block.count; ++i) {
-    const Thread &thread = *block.threads[i];
-    const bool like_last = i > 0 &&
-                           thread.state == block.threads[i - 1]->state &&
+    const Thread& thread = *block.threads[i];
+    const bool like_last = i > 0 && thread.state == block.threads[i - 1]->state &&
                            thread.line == block.threads[i - 1]->line;
-    if (like_last)
-      continue;
-    text += " from " + std::to_string(i) + " on" +
-            names[static_cast<int>(thread.state)];
-    if (thread.state != State::kDone)
-      text += " in line " + std::to_string(thread.line);
+    if (like_last) continue;
+    text += " from " + std::to_string(i) + " on" + names[static_cast<int>(thread.state)];
+    if (thread.state != State::kDone) text += " in line " + std::to_string(thread.line);
     text += ";";
   }
   return text;
 }
 
 void run_block() {
-  for (auto &[memory, bytes] : shared_variables)
-    garbage(memory.get(), bytes);
+  for (auto& [memory, bytes] : shared_variables) garbage(memory.get(), bytes);
   for (size_t i = 0; i < block.count; ++i) {
     const auto n = static_cast<uint32_t>(i);
     block.threads[i]->index = {n % blockDim.x, n / blockDim.x % blockDim.y,
@@ -180,78 +166,69 @@ void run_block() {
   const std::vector<uint32_t> order = shuffled(block.count);
   do {
     for (const uint32_t i : order) {
-      Thread &thread = *block.threads[i];
-      if (thread.state == State::kRuns)
-        go_on(thread);
+      Thread& thread = *block.threads[i];
+      if (thread.state == State::kRuns) go_on(thread);
     }
   } while (block.error.empty() && let_go_on());
-  if (block.error.empty() && !met(0, block.count, State::kDone))
-    block.error = who_waits();
+  if (block.error.empty() && !met(0, block.count, State::kDone)) block.error = who_waits();
 }
 
-} // namespace
+}  // namespace
 
 int meet_block(int line, uint64_t word) {
   wait(State::kAtBlock, line, word);
   return block.votes;
 }
 
-const uint64_t *meet_warp(int line, uint32_t mask, uint64_t word) {
-  if (mask != 0xFFFFFFFFu)
-    throw std::runtime_error("only whole warps are emulated");
+const uint64_t* meet_warp(int line, uint32_t mask, uint64_t word) {
+  if (mask != 0xFFFFFFFFu) throw std::runtime_error("only whole warps are emulated");
   wait(State::kAtWarp, line, word);
-  const uint32_t thread =
-      threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  const uint32_t thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
   return block.words.data() + thread / kWarp * kWarp;
 }
 
-void *shared_memory(size_t bytes, void *&place) {
+void* shared_memory(size_t bytes, void*& place) {
   if (place == nullptr) {
     shared_variables.emplace_back(std::make_unique<char[]>(bytes), bytes);
     place = shared_variables.back().first.get();
-    garbage(static_cast<char *>(place), bytes);
+    garbage(static_cast<char*>(place), bytes);
   }
   return place;
 }
 
-void launch(const Configuration &configuration,
-            const std::function<void()> &kernel) {
+void launch(const Configuration& configuration, const std::function<void()>& kernel) {
   gridDim = configuration.grid;
   blockDim = configuration.block;
   const size_t threads = size_t{blockDim.x} * blockDim.y * blockDim.z;
-  if (threads == 0 || threads > 1024 || threads % kWarp != 0 ||
-      gridDim.x == 0 || gridDim.y != 1 || gridDim.z != 1 ||
-      configuration.dynamic_shared_bytes != 0) {
+  if (threads == 0 || threads > 1024 || threads % kWarp != 0 || gridDim.x == 0 || gridDim.y != 1 ||
+      gridDim.z != 1 || configuration.dynamic_shared_bytes != 0) {
     throw std::runtime_error("a launch that is not emulated");
   }
-  while (block.threads.size() < threads)
-    add_thread();
+  while (block.threads.size() < threads) add_thread();
   block.kernel = &kernel;
   block.count = threads;
   block.words.resize(threads);
   for (const uint32_t i : shuffled(gridDim.x)) {
     blockIdx = {i, 0, 0};
     run_block();
-    if (block.error.empty())
-      continue;
-    block.threads.clear(); // some are in the middle of the kernel
+    if (block.error.empty()) continue;
+    block.threads.clear();  // some are in the middle of the kernel
     throw std::runtime_error(std::exchange(block.error, {}));
   }
 }
 
-} // namespace emulated
+}  // namespace emulated
 
 // The runtime, where a launch is over when it returns and an error is an
 // exception.
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-cudaError_t cudaMemsetAsync(void *data, int value, size_t count, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* data, int value, size_t count, cudaStream_t) {
   std::memset(data, value, count);
   return cudaSuccess;
 }
 
 // From here on orders are those that follow from this number.
-extern "C" __attribute__((visibility("default"))) void
-set_order(uint32_t seed) {
+extern "C" __attribute__((visibility("default"))) void set_order(uint32_t seed) {
   emulated::orders.seed(seed);
 }

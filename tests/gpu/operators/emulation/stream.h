@@ -8,10 +8,10 @@
 namespace layerprune {
 
 template <typename Params, typename... More>
-void launch_on(int32_t, const Params &params, More... more) {
+void launch_on(int32_t, const Params& params, More... more) {
   if (cuda::launch(params, more..., nullptr) != cudaSuccess) {
     throw std::runtime_error("a launch failed");
   }
 }
 
-} // namespace layerprune
+}  // namespace layerprune
