@@ -284,7 +284,7 @@ torch.ops.load_library("layerprune/_cuda.abi3.so")
 def registered(key):
     names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
     return {name.removeprefix("layerprune::") for name in names if name.startswith("layerprune::")}
-print(*sorted(registered("CUDA") - registered("CPU")), *sorted(registered("CPU") - registered("CUDA")))
+print(*sorted(registered("CUDA") ^ registered("CPU")))
 """
 
 MISFITS = {
