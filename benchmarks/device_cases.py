@@ -61,8 +61,14 @@ def _residual(stream: Stream, draw: Draw, share: float) -> DeviceCase:
         moved={
             # x, branch -> y, ReLU's mask; what is kept of the probes' branch.
             "forward": (2 * rows + running + 2 * kept) * stream.row_bytes + stream.mask_bytes,
-            # The gradient, the mask, the branch where a gate's gradient is wanted -> two gradients.
-            "backward": (2 * rows + running + (running if whole else kept)) * stream.row_bytes
+            # The gradient, the mask, the branch where a gate's gradient is wanted -> two gradients,
+            # of which that of x may be the one that came.
+            "backward": (
+                (rows if whole and not activation else 2 * rows)
+                + running
+                + (running if whole else kept)
+            )
+            * stream.row_bytes
             + stream.mask_bytes,
         },
     )
@@ -92,8 +98,8 @@ def _stochastic_depth(stream: Stream, share: float) -> DeviceCase:
         baselines={kind: plain(function) for kind, function in stream.dense.items()},
         moved={
             "forward": (2 * rows + int(drawn.sum())) * stream.row_bytes,
-            # The gradient, y -> two gradients.
-            "backward": (3 * rows + (rows if activation else 0)) * stream.row_bytes,
+            # The gradient, y -> two gradients; without ReLU that of x is the one that came.
+            "backward": (4 * rows if activation else 2 * rows) * stream.row_bytes,
         },
     )
 

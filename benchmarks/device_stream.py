@@ -103,7 +103,8 @@ class Stream:
             .contiguous(memory_format=shape.layout)
             for _ in range(3)
         )
-        self.x.requires_grad_()
+        # As in a network: no leaf, whose gradient would have to be a tensor of its own.
+        self.x = self.x.requires_grad_().clone()
         self.name, self.shape, self.dtype = name, shape, dtype
         self.batch = shape.size[0]
         self.column = (-1,) + (1,) * (len(shape.size) - 1)

@@ -138,8 +138,9 @@ def _backward_kernel(
     elif RELU:
         out = tl.load(y + row * y_stride + offsets, mask=inside, other=0)
         passed = tl.where(wide(out) <= 0, 0, passed)
-    to_x = tl.where(runs, passed * (1 - weight), passed) if LERP else passed
-    tl.store(d_x + row * size + offsets, rounded(to_x, g.dtype), mask=inside)
+    if d_x is not None:
+        to_x = tl.where(runs, passed * (1 - weight), passed) if LERP else passed
+        tl.store(d_x + row * size + offsets, rounded(to_x, g.dtype), mask=inside)
     to_branch = tl.where(runs, passed * weight, 0)
     to_branch = rounded(to_branch, g.dtype)
     tl.store(d_branch + place * size + offsets, to_branch, mask=inside & has)
@@ -216,6 +217,7 @@ def _backward(
     gate_grad_rows: Tensor | None,
     branch_rows: int,
     lerp: bool,
+    wants_x: bool = True,
     mask: Tensor | None = None,
     layout: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -223,7 +225,7 @@ def _backward(
     rows = grad.shape[0]
     incoming = dense_rows(grad, layout)
     output = None if y is None else dense_rows(y, layout)
-    d_x = torch.empty_like(grad, memory_format=layout)
+    d_x = empty_rows(rows if wants_x else 0, grad, layout)
     d_branch = empty_rows(branch_rows, grad, layout)
     size = row_size(grad if rows else d_branch)
     per_row = triton.cdiv(size, SEGMENT)
@@ -242,9 +244,9 @@ def _backward(
         theta, rng_state, section = sampled or (None, None, 0)
         _backward_kernel[(programs,)](
             incoming, incoming.stride(0), output, 0 if output is None else output.stride(0), mask,
-            factor, 0 if factor is None else factor.stride(0), factor_row, d_x, d_branch, parts,
-            gate, slot, owner, theta, rng_state, section, size, rows, branch_rows,
-            0 if factor is None else factor.shape[0],
+            factor, 0 if factor is None else factor.stride(0), factor_row,
+            d_x if wants_x else None, d_branch, parts, gate, slot, owner, theta, rng_state, section,
+            size, rows, branch_rows, 0 if factor is None else factor.shape[0],
             RELU=y is not None, LERP=lerp, SAMPLED=sampled is not None,
             SLOTTED=slot is not None, GRADED=factor is not None, BLOCK=SEGMENT, num_warps=8,
         )  # fmt: skip
@@ -260,10 +262,11 @@ def gated_residual_backward(
     gate_grad_rows: Tensor | None,
     branch_rows: int,
     lerp: bool,
+    wants_x: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``gated_residual_backward``."""
     d_x, d_branch, d_gate = _backward(
-        grad, y, gate.contiguous(), slot, None, factor, gate_grad_rows, branch_rows, lerp
+        grad, y, gate.contiguous(), slot, None, factor, gate_grad_rows, branch_rows, lerp, wants_x
     )
     return d_x, d_branch, torch.zeros_like(gate) if d_gate is None else d_gate
 
@@ -290,14 +293,20 @@ def gated_relu_backward(
     layout = memory_format(grad.dim(), channels_last)
     d_x, d_branch, d_gate = _backward(
         grad, None, gate.contiguous(), slot, None, factor, gate_grad_rows, branch_rows, False,
-        mask.contiguous(), layout,
+        True, mask.contiguous(), layout,
     )  # fmt: skip
     return d_x, d_branch, torch.zeros_like(gate) if d_gate is None else d_gate
 
 
 def sampled_gated_residual_backward(
-    grad: Tensor, y: Tensor | None, theta: Tensor, rng_state: Tensor, section: int, lerp: bool
+    grad: Tensor,
+    y: Tensor | None,
+    theta: Tensor,
+    rng_state: Tensor,
+    section: int,
+    lerp: bool,
+    wants_x: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The operator ``sampled_gated_residual_backward``."""
     sampled = (theta, rng_state.contiguous(), section)
-    return _backward(grad, y, None, None, sampled, None, None, grad.shape[0], lerp)[:2]
+    return _backward(grad, y, None, None, sampled, None, None, grad.shape[0], lerp, wants_x)[:2]

@@ -14,7 +14,7 @@ Tensor gated_residual(const Tensor& x, const Tensor& branch, const Tensor& gate,
 std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
     const Tensor& grad, const std::optional<Tensor>& y, const Tensor& gate,
     const std::optional<Tensor>& slot, const std::optional<Tensor>& factor,
-    const std::optional<Tensor>& gate_grad_rows, int64_t branch_rows, bool lerp);
+    const std::optional<Tensor>& gate_grad_rows, int64_t branch_rows, bool lerp, bool wants_x);
 
 std::tuple<Tensor, Tensor> sampled_gated_residual(const Tensor& x, const Tensor& branch,
                                                   const Tensor& theta, const Tensor& rng_state,
@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> sampled_gated_residual_backward(const Tensor& grad,
                                                            const std::optional<Tensor>& y,
                                                            const Tensor& theta,
                                                            const Tensor& rng_state, int64_t section,
-                                                           bool lerp);
+                                                           bool lerp, bool wants_x);
 
 Tensor gather_rows(const Tensor& x, const Tensor& rows);
 

@@ -139,14 +139,15 @@ Result result_of(const std::optional<Tensor>& y, const Tensor& grad) {
 
 Gradients backward(const Tensor& grad, const Result& result, const Gates& gates,
                    const std::optional<Tensor>& slot, const std::optional<Tensor>& factor,
-                   const std::optional<Tensor>& gate_grad_rows, int64_t branch_rows, bool lerp) {
+                   const std::optional<Tensor>& gate_grad_rows, int64_t branch_rows, bool lerp,
+                   bool wants_x) {
   const int64_t batch = grad.size(0);
   check(branch_rows >= 0, "branch_rows is ", branch_rows);
   check_slots(slot, batch, branch_rows);
   const int32_t device = grad.get_device_index();
   const MemoryFormat format = result.format;
   const Tensor incoming = with_dense_rows(grad, format);
-  const Tensor d_x = empty_rows(batch, grad, grad.scalar_type(), format);
+  const Tensor d_x = empty_rows(wants_x ? batch : 0, grad, grad.scalar_type(), format);
   const Tensor d_branch = empty_rows(branch_rows, grad, grad.scalar_type(), format);
 
   BackwardParams p{};
@@ -157,7 +158,7 @@ Gradients backward(const Tensor& grad, const Result& result, const Gates& gates,
   p.grad = rows_in(incoming);
   if (result.y) p.y = rows_in(*result.y);
   p.mask = read<uint8_t>(result.mask);
-  p.d_x = rows_out(d_x);
+  if (wants_x) p.d_x = rows_out(d_x);
   p.d_branch = rows_out(d_branch);
   p.gate = gates.given;
   p.sampled = gates.sampled;
@@ -207,15 +208,15 @@ Tensor gated_residual(const Tensor& x, const Tensor& branch, const Tensor& gate,
 std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
     const Tensor& grad, const std::optional<Tensor>& y, const Tensor& gate,
     const std::optional<Tensor>& slot, const std::optional<Tensor>& factor,
-    const std::optional<Tensor>& gate_grad_rows, int64_t branch_rows, bool lerp) {
+    const std::optional<Tensor>& gate_grad_rows, int64_t branch_rows, bool lerp, bool wants_x) {
   check(grad.dim() > 0, "grad must have at least one dimension");
   const int64_t batch = grad.size(0);
   const Tensor gates = checked("gate", gate, grad, ScalarType::Float, {batch});
   const auto slots = checked("slot", slot, grad, ScalarType::Int, {batch});
   const auto asked = checked_rows("gate_grad_rows", gate_grad_rows, grad);
-  return with_gate_gradient(
-      backward(grad, result_of(y, grad), given(gates), slots, factor, asked, branch_rows, lerp),
-      gates);
+  return with_gate_gradient(backward(grad, result_of(y, grad), given(gates), slots, factor, asked,
+                                     branch_rows, lerp, wants_x),
+                            gates);
 }
 
 std::tuple<Tensor, Tensor> gated_relu(const Tensor& x, const Tensor& branch, const Tensor& gate,
@@ -245,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_relu_backward(const Tensor& grad, const
   const auto asked = checked_rows("gate_grad_rows", gate_grad_rows, grad);
   const Result result{std::nullopt, bits, memory_format(grad.dim(), channels_last)};
   return with_gate_gradient(
-      backward(grad, result, given(gates), slots, factor, asked, branch_rows, false), gates);
+      backward(grad, result, given(gates), slots, factor, asked, branch_rows, false, true), gates);
 }
 
 std::tuple<Tensor, Tensor> sampled_gated_residual(const Tensor& x, const Tensor& branch,
@@ -262,11 +263,11 @@ std::tuple<Tensor, Tensor> sampled_gated_residual_backward(const Tensor& grad,
                                                            const std::optional<Tensor>& y,
                                                            const Tensor& theta,
                                                            const Tensor& rng_state, int64_t section,
-                                                           bool lerp) {
+                                                           bool lerp, bool wants_x) {
   check(grad.dim() > 0, "grad must have at least one dimension");
   const Sampling sampling(theta, rng_state, section, grad);
   Gradients found = backward(grad, result_of(y, grad), sampling.gates(nullptr), std::nullopt,
-                             std::nullopt, std::nullopt, grad.size(0), lerp);
+                             std::nullopt, std::nullopt, grad.size(0), lerp, wants_x);
   return {found.d_x, found.d_branch};
 }
 

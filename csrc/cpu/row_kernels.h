@@ -76,7 +76,7 @@ static void forward(const ForwardParams& p, int64_t begin, int64_t end) {
   if (non_temporal) finish_non_temporal();
 }
 
-// One segment of the backward: writes d_x and, unless null, d_branch. Returns the sum of the sum's
+// One segment of the backward: writes d_x and d_branch, unless null. Returns the sum of the sum's
 // gradient times `factor`, 0 where that is null.
 template <typename T, SumForm form, bool non_temporal, bool to_branch, bool to_gate>
 static double backward_segment(
@@ -98,7 +98,7 @@ static double backward_segment(
   const auto whole = [&](int64_t i, Lanes& partial) {
     const Lanes g = load(grad + i);
     const Lanes p = passed(g, form == SumForm::kAddRelu ? load(y + i) : g);
-    store<non_temporal>(d_x + i, to_x(p));
+    if (d_x != nullptr) store<non_temporal>(d_x + i, to_x(p));
     if (to_branch) store<non_temporal>(d_branch + i, p * weight);
     if (to_gate) partial = multiply_add(p, load(factor + i), partial);
   };
@@ -111,7 +111,7 @@ static double backward_segment(
     const int64_t left = count - i;
     const Lanes g = load_part(grad + i, left);
     const Lanes p = passed(g, form == SumForm::kAddRelu ? load_part(y + i, left) : g);
-    store_part(d_x + i, to_x(p), left);
+    if (d_x != nullptr) store_part(d_x + i, to_x(p), left);
     if (to_branch) store_part(d_branch + i, p * weight, left);
     if (to_gate) sums[1] = multiply_add(p, load_part(factor + i, left), sums[1]);
   }
@@ -126,7 +126,7 @@ static void backward(const BackwardParams& p, int64_t begin, int64_t end) {
   for_segments(p.size, begin, end, [&](int64_t row, int64_t offset, int64_t count) {
     const T* grad = at<T>(p.grad, row, offset);
     const T* y = form == SumForm::kAddRelu ? at<T>(p.y, row, offset) : nullptr;
-    T* d_x = at<T>(p.d_x, row, offset);
+    T* d_x = p.d_x.data == nullptr ? nullptr : at<T>(p.d_x, row, offset);
     const int64_t slot = p.slot == nullptr ? row : p.slot[row];
     const A gate = p.gate[row];
     T* d_branch = slot < 0 ? nullptr : at<T>(p.d_branch, slot, offset);

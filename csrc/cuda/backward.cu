@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(BackwardParams p) {
       const uint8_t* mask =
           masked ? p.mask + row * mask_bytes(p.size) + offset / kMaskBits : nullptr;
       const T* y = form == SumForm::kAddRelu && !masked ? at<T>(p.y, row, offset) : nullptr;
-      T* d_x = at<T>(p.d_x, row, offset);
+      T* d_x = p.d_x.data == nullptr ? nullptr : at<T>(p.d_x, row, offset);
       T* d_branch = slot < 0 ? nullptr : at<T>(p.d_branch, slot, offset);
       const Factor* factor = nullptr;
       if (p.gate_sums != nullptr) {
@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(BackwardParams p) {
           }
           store<aligned>(d_branch + i, share, left);
         }
+        if (d_x == nullptr) return;
         if (form == SumForm::kLerp && running) {
 #pragma unroll
           for (int e = 0; e < chunk; ++e) {

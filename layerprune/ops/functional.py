@@ -70,11 +70,12 @@ def gated_residual(
     gets ``act(x_b)``, and its branch is not read. float16 and bfloat16 are computed in float32 and
     rounded once.
 
-    Backward gives the gradients of x, branch and gate, none of them a view of another tensor. The
-    gate's is summed in float32 (float64 for float64). Saved are at most y (for ReLU; on CUDA a bit
-    for every element of it), gate, slot and the rows of the branch (``lerp``: of branch - x) in
-    ``gate_grad_rows``, or the whole branch where that is None; nothing of the branch when the gate
-    needs no gradient.
+    Backward gives the gradients of x, branch and gate, none of them a view of another tensor, but
+    where the incoming gradient is that of x as it stands (``add`` without activation and slot, x no
+    leaf): there it is passed on, as PyTorch's own sum does. The gate's is summed in float32
+    (float64 for float64). Saved are at most y (for ReLU; on CUDA a bit for every element of it),
+    gate, slot and the rows of the branch (``lerp``: of branch - x) in ``gate_grad_rows``, or the
+    whole branch where that is None; nothing of the branch when the gate needs no gradient.
 
     Args:
         x: ``[B, *S]``, floating point, any strides; contiguous and channels_last are fast.

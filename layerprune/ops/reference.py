@@ -139,6 +139,7 @@ def gated_residual_backward(
     gate_grad_rows: Tensor | None,
     branch_rows: int,
     lerp: bool,
+    wants_x: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``gated_residual``; all three are fresh tensors.
 
@@ -152,6 +153,7 @@ def gated_residual_backward(
         gate_grad_rows: int64 ``[P]`` or None for all rows.
         branch_rows: K.
         lerp: As in the forward.
+        wants_x: Whether d_x is wanted; else it has no rows.
 
     Returns:
         d_x ``[B, *S]`` and d_branch ``[K, *S]`` in the memory format of ``y`` (of ``grad`` without
@@ -180,7 +182,7 @@ def gated_residual_backward(
         torch.mul(values, 1 - weights, out=values)
         if rows is not None:
             d_sum.index_copy_(0, rows, values)
-    return d_x, d_branch, d_gate
+    return d_x if wants_x else empty_rows(0, grad, layout), d_branch, d_gate
 
 
 def gate_factor(

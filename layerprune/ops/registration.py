@@ -61,14 +61,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         factor = branch if whole else gate_factor(x, branch, slot, rows, lerp)
     ctx.save_for_backward(output if relu else None, gate, slot, factor, rows)
     ctx.branch_rows, ctx.lerp = branch.shape[0], lerp
+    ctx.passes = slot is None and _passes(x, relu, lerp)
+
+
+def _passes(x: Tensor, relu: bool, lerp: bool) -> bool:
+    """Whether the gradient of x is the incoming one as it stands, which is then not copied.
+
+    A leaf gets a copy: what becomes its ``grad`` must share no memory with the gradient of another.
+    """
+    return not (relu or lerp or x.is_leaf)
+
+
+def _for_x(ctx: Any, grad: Tensor, d_x: Tensor) -> Tensor | None:
+    """The gradient of x; that of the result where it passes, marked as a view of it."""
+    if not ctx.needs_input_grad[0]:
+        return None
+    return grad.view_as(grad) if ctx.passes else d_x
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     y, gate, slot, factor, rows = ctx.saved_tensors
+    wants_x = ctx.needs_input_grad[0] and not ctx.passes
     d_x, d_branch, d_gate = gated_residual_backward(
-        grad, y, gate, slot, factor, rows, ctx.branch_rows, ctx.lerp
+        grad, y, gate, slot, factor, rows, ctx.branch_rows, ctx.lerp, wants_x
     )
-    return d_x, d_branch, d_gate if factor is not None else None, None, None, None, None
+    d_gate = d_gate if factor is not None else None
+    return _for_x(ctx, grad, d_x), d_branch, d_gate, None, None, None, None
 
 
 def _backward_fake(
@@ -80,9 +98,10 @@ def _backward_fake(
     gate_grad_rows: Tensor | None,
     branch_rows: int,
     lerp: bool,
+    wants_x: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = row_format(grad if y is None else y)
-    d_x = torch.empty_like(grad, memory_format=layout)
+    d_x = empty_rows(grad.shape[0] if wants_x else 0, grad, layout)
     return d_x, empty_rows(branch_rows, grad, layout), torch.empty_like(gate)
 
 
@@ -105,7 +124,8 @@ gated_residual = register(
 
 gated_residual_backward = register(
     "gated_residual_backward(Tensor grad, Tensor? y, Tensor gate, Tensor? slot, Tensor? factor,"
-    " Tensor? gate_grad_rows, SymInt branch_rows, bool lerp) -> (Tensor, Tensor, Tensor)",
+    " Tensor? gate_grad_rows, SymInt branch_rows, bool lerp, bool wants_x=True)"
+    " -> (Tensor, Tensor, Tensor)",
     reference.gated_residual_backward,
     _backward_fake,
     refuse_double_backward,
@@ -139,32 +159,46 @@ def _sampled_fake(
 
 
 def _sampled_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, theta, rng_state, ctx.section, relu, ctx.lerp = inputs
+    x, _, theta, rng_state, ctx.section, relu, ctx.lerp = inputs
+    ctx.passes = _passes(x, relu, ctx.lerp)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[0] if relu else None, theta, rng_state)
 
 
 def _sampled_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_x, d_branch = sampled_gated_residual_backward(grad, *ctx.saved_tensors, ctx.section, ctx.lerp)
-    return d_x, d_branch, None, None, None, None, None
+    wants_x = ctx.needs_input_grad[0] and not ctx.passes
+    d_x, d_branch = sampled_gated_residual_backward(
+        grad, *ctx.saved_tensors, ctx.section, ctx.lerp, wants_x
+    )
+    return _for_x(ctx, grad, d_x), d_branch, None, None, None, None, None
 
 
 def _sampled_backward_reference(
-    grad: Tensor, y: Tensor | None, theta: Tensor, rng_state: Tensor, section: int, lerp: bool
+    grad: Tensor,
+    y: Tensor | None,
+    theta: Tensor,
+    rng_state: Tensor,
+    section: int,
+    lerp: bool,
+    wants_x: bool = True,
 ) -> tuple[Tensor, Tensor]:
     rows = grad.shape[0]
     gates = independent_gates(theta, rows, rng_state, section)
-    return reference.gated_residual_backward(grad, y, gates, None, None, None, rows, lerp)[:2]
+    arguments = (grad, y, gates, None, None, None, rows, lerp, wants_x)
+    return reference.gated_residual_backward(*arguments)[:2]
 
 
 def _sampled_backward_fake(
-    grad: Tensor, y: Tensor | None, theta: Tensor, rng_state: Tensor, section: int, lerp: bool
+    grad: Tensor,
+    y: Tensor | None,
+    theta: Tensor,
+    rng_state: Tensor,
+    section: int,
+    lerp: bool,
+    wants_x: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    layout = row_format(grad if y is None else y)
-    return (
-        torch.empty_like(grad, memory_format=layout),
-        torch.empty_like(grad, memory_format=layout),
-    )
+    layout, rows = row_format(grad if y is None else y), grad.shape[0]
+    return empty_rows(rows if wants_x else 0, grad, layout), empty_rows(rows, grad, layout)
 
 
 sampled_gated_residual = register(
@@ -178,7 +212,7 @@ sampled_gated_residual = register(
 
 sampled_gated_residual_backward = register(
     "sampled_gated_residual_backward(Tensor grad, Tensor? y, Tensor theta, Tensor rng_state,"
-    " int section, bool lerp) -> (Tensor, Tensor)",
+    " int section, bool lerp, bool wants_x=True) -> (Tensor, Tensor)",
     _sampled_backward_reference,
     _sampled_backward_fake,
     refuse_double_backward,

@@ -132,6 +132,18 @@ def test_one_number_for_the_whole_gradient(implementation, close, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_gradient_of_x(implementation, dtype):
+    """Where the incoming one is passed on: nothing in its place, the others bit for bit."""
+    for slots, size in ((None, 20), (SLOTS[1], 9001)):
+        x, branch, grad, gate, slot = tensors((size,), dtype, contiguous, slots)
+        arguments = (grad, None, gate, slot, branch, None, branch.shape[0], False)
+        expected = implementation("gated_residual_backward", *arguments, True)
+        found = implementation("gated_residual_backward", *arguments, False)
+        assert found[0].shape == (0, size)
+        assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+
+
 def test_no_gate_gradient(implementation):
     """Nothing of the branch is needed then."""
     x, branch, grad, gate, slot = tensors((3,), torch.float32, sliced, SLOTS[1])
