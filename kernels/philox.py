@@ -25,7 +25,7 @@ def row_words(rng_state, section, row):
     zero = row ^ row
     c0 = zero + draw.to(tl.uint32)
     c1 = zero + (draw >> 32).to(tl.uint32)
-    c2 = zero + section.to(tl.uint32)
+    c2 = zero + tl.cast(section, tl.uint32)  # which is a constant where it is 1
     c3 = row
     key0 = seed.to(tl.uint32)
     key1 = (seed >> 32).to(tl.uint32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -125,7 +123,7 @@ def _step_kernel(
     target = old - (estimate + nu) / (nu * duration)
     target = tl.where(seen, tl.minimum(tl.maximum(target, 0.0), 1.0), old)
     if COMPETE:
-        # The program that finishes last sees what all have written, and leaves the count at 0.
+        # The program that finishes last sees what all have written.
         tl.store(moved + section, target, mask=there)
         tl.debug_barrier()
         if tl.atomic_add(finished, 1) == tl.num_programs(0) - 1:
@@ -134,21 +132,10 @@ def _step_kernel(
                 theta, statistics, in_play, penalty, free, moved, sections, confidence,
                 max_descending, BLOCK, CHUNK,
             )  # fmt: skip
-            tl.store(finished, 0)
     else:
         movable = tl.load(free + section, mask=there, other=0) != 0
         tl.store(in_play + section, movable, mask=there)
         tl.store(theta + section, target, mask=there & movable)
-
-
-@functools.cache
-def _finished(device: torch.device, stream: int) -> Tensor:
-    """Counts the programs of a launch that have finished; launches on one stream take turns."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def projected_gate_step_(
@@ -179,7 +166,7 @@ def projected_gate_step_(
         _step_kernel[(programs,)](
             *dense, slope.contiguous(), counted.contiguous(), penalty.contiguous(),
             free.contiguous(), torch.empty_like(dense[0]),
-            _finished(theta.device, _stream(theta.device)), sections, slope.shape[1], *numbers,
+            theta.new_zeros(1, dtype=torch.int32), sections, slope.shape[1], *numbers,
             COMPETE=max_descending >= 0, TOGETHER=together, BLOCK_ROWS=256,
             BLOCK=max(16, triton.next_power_of_2(sections)), CHUNK=16, num_warps=8,
         )  # fmt: skip

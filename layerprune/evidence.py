@@ -38,6 +38,8 @@ class StepEvidence:
         counted: bool ``[L, R]``; likewise.
         section: the section measured by whole, or None.
         measurement: its measurement.
+        scaled: whether a gradient scaler answers for what is not finite.
+        skipped: whether the scaler skipped the optimizer's step.
     """
 
     step: int
@@ -45,6 +47,8 @@ class StepEvidence:
     counted: Tensor | None
     section: int | None
     measurement: Measurement | None
+    scaled: bool
+    skipped: bool
 
     @property
     def is_finite(self) -> bool:
@@ -52,11 +56,31 @@ class StepEvidence:
         slopes = self.slope is None or bool(self.slope.isfinite().all())
         return slopes and (self.measurement is None or self.measurement.is_finite)
 
+    def check(self) -> None:
+        """Lets no evidence pass that is not finite and that no scaler answers for.
+
+        Raises:
+            FloatingPointError: if it is such.
+        """
+        if not (self.scaled or self.is_finite):
+            raise FloatingPointError(
+                f"a gate's gradient is not finite in step {self.step}: the loss or the model's "
+                "outputs overflowed"
+            )
+
+    @property
+    def counts(self) -> bool:
+        """Whether it may be learnt from: not that of a step that was, or had to be, skipped."""
+        return self.is_finite and not self.skipped
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> StepEvidence:
         """The evidence that `dataclasses.asdict` made the fields of."""
         found = fields["measurement"]
-        return cls(**{**fields, "measurement": None if found is None else Measurement(**found)})
+        measurement = None if found is None else Measurement(**found)
+        tensors = {name: fields[name] for name in ("slope", "counted")}
+        here = {name: None if value is None else value.cpu() for name, value in tensors.items()}
+        return cls(**{**fields, **here, "measurement": measurement})
 
     def arrive(self) -> StepEvidence:
         """Itself: it is here."""
@@ -72,9 +96,9 @@ class PendingEvidence:
         measured: the measurement of a whole section, or None.
         rows_factor: what turns dC/dgate of a row into the derivative of the row's own loss, by
             batch size.
+        optimizer: the optimizer, which has stepped.
         scaler: the gradient scaler that the losses were scaled by, or None.
         accumulation: number that each micro-batch's loss was divided by.
-        device: where the gradients are.
     """
 
     def __init__(
@@ -83,9 +107,9 @@ class PendingEvidence:
         gradients: GateGradients | None,
         measured: PendingMeasurement | None,
         rows_factor: Callable[[int], float],
+        optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
         accumulation: int,
-        device: torch.device,
     ) -> None:
         self.section = None if measured is None else measured.section
         self._step = step
@@ -93,21 +117,28 @@ class PendingEvidence:
         self._measured = measured
         self._rows_factor = rows_factor
         self._accumulation = accumulation
-        # `scaler.get_scale()` would wait for the device.
-        one = torch.ones((), device="cpu" if scaler is None else device)
-        scale = one if scaler is None else scaler.scale(one)
-        self._scale = HostCopy([scale])
+        self._scaled = scaler is not None and scaler.is_enabled()
+        scale, overflows = [], []
+        if self._scaled:
+            # `scaler.get_scale()` would wait for the device, as would any public way of asking
+            # whether it skipped the step.
+            some = next(p for group in optimizer.param_groups for p in group["params"])
+            scale = [scaler.scale(torch.ones((), device=some.device))]
+            overflows = list(scaler._found_inf_per_device(optimizer).values())
+        self._scaling = HostCopy([*scale, *overflows])
 
     def arrive(self) -> StepEvidence:
         """The evidence, which is waited for."""
-        (scale,) = self._scale.get()
-        divisor = float(scale) / self._accumulation
+        scale, *overflows = [float(number) for number in self._scaling.get()] or [1.0]
+        divisor = scale / self._accumulation
         slope = counted = measurement = None
         if self._gradients is not None:
             slope, counted = self._gradients.evidence(self._rows_factor, divisor)
         if self._measured is not None:
             measurement = self._measured.get(divisor)
-        return StepEvidence(self._step, slope, counted, self.section, measurement)
+        return StepEvidence(
+            self._step, slope, counted, self.section, measurement, self._scaled, any(overflows)
+        )
 
 
 class EvidenceQueue:
@@ -133,8 +164,14 @@ class EvidenceQueue:
         )
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """All of it."""
+        """All of it.
+
+        Raises:
+            FloatingPointError: if some of it is not finite: a run could not go on from it.
+        """
         self._waiting = deque(evidence.arrive() for evidence in self._waiting)
+        for evidence in self._waiting:
+            evidence.check()
         return [asdict(evidence) for evidence in self._waiting]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:

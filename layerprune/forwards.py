@@ -9,6 +9,7 @@ from torch import nn
 
 from layerprune.cost import batch_size_of
 from layerprune.difference import OutputPath, PendingMeasurement
+from layerprune.evidence import EVIDENCE_LAG
 from layerprune.ledger import BACKWARD
 from layerprune.run import RunState
 
@@ -112,6 +113,8 @@ class Forwards:
         learning = run.phase == "learning"
         if run.phase == "warm-up" or (learning and run.config.rule != "test"):
             return None
+        if run.step_count + EVIDENCE_LAG >= run.schedule.total_steps:
+            return None  # nobody would hear of it
         awaited = run.evidence.measurements_of(run.judge.current)
         return run.judge.choose(run.step_count, run.bank.theta, run.status, learning, awaited)
 

@@ -236,12 +236,17 @@ class LayerPruner:
         Raises:
             FloatingPointError: if a gate's gradient was not finite in the step before, and no
                 scaler accounts for it.
-            TypeError: if the optimizer cannot be compacted.
-            ValueError: if the optimizer holds none of the model's parameters.
+            TypeError: if the optimizer cannot be compacted, or the scaler is none.
+            ValueError: if the optimizer holds none of the model's parameters, or accumulation is
+                not a whole number of at least 1.
         """
         run = self._run
         with run.ledger.timed("step"):
-            if optimizer is not self._optimizer:
+            if not (isinstance(accumulation, int) and accumulation >= 1):
+                raise ValueError(f"accumulation must be a whole number >= 1, got {accumulation!r}")
+            if not (scaler is None or isinstance(scaler, torch.amp.GradScaler)):
+                raise TypeError(f"scaler must be a GradScaler or None, got {type(scaler).__name__}")
+            if optimizer is None or optimizer is not self._optimizer:
                 check_optimizer(self.model, optimizer)
                 if run.config.rule == "attraction":
                     check_decay(run, optimizer)
@@ -253,12 +258,12 @@ class LayerPruner:
                     run.bank.collect(),
                     self._forwards.measurement(),
                     self._rows_factor,
+                    optimizer,
                     scaler,
                     accumulation,
-                    next(self.model.parameters()).device,
                 )
             )
-            gone = self._learn(run.evidence.take(), skipping=scaler is not None)
+            gone = self._learn(run.evidence.take())
             if run.step_count + 1 == run.schedule.total_steps:
                 gone += round_by_theta(run, leaving=gone)
             if gone:
@@ -323,7 +328,12 @@ class LayerPruner:
         }
 
     def state_dict(self) -> dict:
-        """Everything a resumed run needs; loads under ``torch.load(weights_only=True)``."""
+        """Everything a resumed run needs; loads under ``torch.load(weights_only=True)``.
+
+        Raises:
+            FloatingPointError: if the last step's gate gradients are not finite, and no scaler
+                accounts for it: a run could not go on from there.
+        """
         return self._run.state_dict() | {"learner": self._learner.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -343,6 +353,12 @@ class LayerPruner:
             section.adapter.detach(section.module)
         remove_sections(self.model, gone)
 
+    def __deepcopy__(self, memo: dict) -> LayerPruner:
+        raise TypeError(
+            "a pruner cannot be copied: its hooks are on one model. Make another one on a copy of "
+            "the dense model, and load this one's state_dict() into it"
+        )
+
     def __str__(self) -> str:
         width = max(len(info.name) for info in self.sections)
         lines = [f"{'section':<{width}}  theta  penalty  status"]
@@ -355,24 +371,24 @@ class LayerPruner:
     def _rows_factor(self, batch_size: int) -> float:
         return float(batch_size) if self.loss_reduction == "mean" else 1.0
 
-    def _learn(self, evidence: StepEvidence | None, skipping: bool) -> list[int]:
+    def _learn(self, evidence: StepEvidence | None) -> list[int]:
         """Learns from a step's evidence; returns the sections that it eliminates."""
         run = self._run
-        if evidence is not None and not evidence.is_finite:
-            if skipping:
+        if evidence is not None:
+            evidence.check()
+            if not evidence.counts:
                 return []
-            raise FloatingPointError(
-                f"a gate's gradient is not finite in step {evidence.step}: the loss or the "
-                "model's outputs overflowed"
-            )
-        if evidence is not None and evidence.slope is not None and run.phase != "cool-down":
-            self._learner.move(evidence.slope, evidence.counted)
-        if run.config.rule == "attraction" and run.phase == "learning":
+            if evidence.slope is not None and run.phase != "cool-down":
+                self._learner.move(evidence.slope, evidence.counted)
+        learning = run.phase == "learning"
+        if run.config.rule == "attraction" and learning:
             return attracted(run)
         index = run.judge.current
         if index is None or evidence is None or evidence.section != index:
             return []
-        verdict = run.judge.hear(evidence.measurement, run.step_count, run.phase == "learning")
+        if not learning and evidence.step <= run.schedule.learning_end:
+            return []  # rounding begins afresh
+        verdict = run.judge.hear(evidence.measurement, run.step_count, learning)
         if verdict is None or not apply_verdict(run, self._learner, index, verdict):
             return []
         return [index]

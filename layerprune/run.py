@@ -104,7 +104,7 @@ class RunState:
         if self.step_count:
             raise ValueError("load the state into a pruner freshly made on the dense model")
         config = asdict(self.config)
-        if not torch.equal(state["penalty"], self.penalty) or state["config"] != config:
+        if not torch.equal(state["penalty"].cpu(), self.penalty) or state["config"] != config:
             raise ValueError(
                 "the state is of a run with another strength, cost or configuration than this one"
             )

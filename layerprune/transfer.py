@@ -25,7 +25,10 @@ class HostCopy:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = [tensor.detach().to("cpu", non_blocking=True) for tensor in tensors]
+        # Of other accelerators nothing says when an asynchronous copy is there.
+        self._tensors = [
+            tensor.detach().to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors
+        ]
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
         self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
 

@@ -45,7 +45,7 @@ def _evidence(step, section=None):
     if section is not None:
         rows = torch.full((4,), float(step), dtype=torch.float64)
         measured = PendingMeasurement(section, rows, None)
-    return PendingEvidence(step, None, measured, float, None, 1, torch.device("cpu"))
+    return PendingEvidence(step, None, measured, float, None, None, 1)
 
 
 def test_theta_moves_by_the_evidence_of_the_step_before(monkeypatch):
@@ -101,12 +101,12 @@ def test_what_is_not_finite_is_seen(broken):
     model, pruner, _ = _pruner()
     _backward(model, 0)
     pending = pruner._run.bank.collect()
-    evidence = PendingEvidence(1, pending, None, float, None, 1, torch.device("cpu")).arrive()
+    evidence = PendingEvidence(1, pending, None, float, None, None, 1).arrive()
     assert evidence.is_finite
     evidence.slope[0, 0] = broken
     assert not evidence.is_finite
     measured = PendingMeasurement(0, torch.tensor([broken, 1.0], dtype=torch.float64), None)
-    evidence = PendingEvidence(1, None, measured, float, None, 1, torch.device("cpu")).arrive()
+    evidence = PendingEvidence(1, None, measured, float, None, None, 1).arrive()
     assert not evidence.is_finite
 
 
@@ -114,12 +114,12 @@ def test_a_scaler_and_accumulation_divide_out():
     """The scale in use at the backward counts, whatever it is when the evidence arrives."""
     found = []
     for scale, accumulation in ((None, 1), (1024.0, 4)):
-        model, pruner, _ = _pruner()
+        model, pruner, optimizer = _pruner()
         scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1)
         loss = model(torch.ones(ROWS, 4)).square().mean() / accumulation
         (loss if scaler is None else scaler.scale(loss)).backward()
         pending = PendingEvidence(
-            1, pruner._run.bank.collect(), None, float, scaler, accumulation, torch.device("cpu")
+            1, pruner._run.bank.collect(), None, float, optimizer, scaler, accumulation
         )
         if scaler is not None:
             scaler._scale.fill_(7.0)
@@ -191,3 +191,98 @@ def test_a_run_under_another_default_device():
     expected = run("cpu")
     assert run("meta") == expected
     assert {"eliminated"} <= {decision for _, _, decision in expected}
+
+
+def _overflow(pruner):
+    """Something that is no number in the gate gradients that wait."""
+    pruner._run.evidence._waiting[-1] = pruner._run.evidence._waiting[-1].arrive()
+    pruner._run.evidence._waiting[-1].slope[0, 0] = float("nan")
+
+
+def test_what_a_run_could_not_go_on_from_is_not_saved():
+    """A checkpoint that fails in its first step would be taken for the last good one."""
+    model, pruner, optimizer = _pruner()
+    _backward(model, 0)
+    pruner.step(optimizer)
+    pruner.state_dict()
+    _overflow(pruner)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        pruner.state_dict()
+
+
+@pytest.mark.parametrize("where", ["weights", "gates"])
+def test_a_step_that_the_scaler_skips_is_no_evidence(where):
+    """Whether the gates' gradients overflowed with the weights' or did not."""
+    model, pruner, optimizer = _pruner()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=10**9)
+    thetas = []
+    for step in range(5):
+        optimizer.zero_grad()
+        x = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(step))
+        loss = model(x).square().mean()
+        scaler.scale(loss * (torch.inf if (where, step) == ("gates", 2) else 1.0)).backward()
+        if (where, step) == ("weights", 2):
+            model[0].weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        pruner.step(optimizer, scaler)
+        scaler.update()
+        thetas.append(pruner._run.bank.theta.clone())
+    moved = [not a.equal(b) for a, b in zip(thetas, thetas[1:], strict=False)]
+    assert moved == [True, True, False, True]
+
+
+def test_a_disabled_scaler_answers_for_nothing():
+    model, pruner, optimizer = _pruner()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    (model(torch.ones(ROWS, 4)).mean() * torch.nan).backward()
+    pruner.step(optimizer, scaler)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        pruner.step(optimizer, scaler)
+
+
+def test_no_measurement_is_begun_that_nobody_would_hear():
+    """The last step's evidence is learnt from by no step."""
+    model, pruner, optimizer = _pruner()
+    pruner._run.judge.current = 1
+    for left, measured in ((2, True), (1, False)):
+        pruner._run.step_count = pruner.total_steps - left
+        model(torch.zeros(ROWS, 4))
+        assert (pruner._forwards._path is not None) is measured
+        pruner._forwards.measurement()
+
+
+def test_rounding_does_not_hear_what_was_measured_while_learning():
+    """Not even of the same section: a pilot's measurement is no part of any attempt."""
+    model, pruner, optimizer = _pruner()
+    run = pruner._run
+    run.learning_since, run.step_count = 0, run.schedule.learning_end - 1
+    run.judge.current, run.judge.piloting = 1, True
+    _backward(model, 0)
+    pruner.step(optimizer)
+    assert pruner.phase == "cool-down" and run.evidence.measurements_of(1) == 1
+    run.judge.current = 1
+    _backward(model, 1)
+    pruner.step(optimizer)
+    assert run.judge.test.batches(1) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"accumulation": 0}, ValueError, "accumulation.*0"),
+        ({"accumulation": 1.5}, ValueError, "accumulation.*1.5"),
+        ({"scaler": "x"}, TypeError, "scaler.*str"),
+        ({"optimizer": None}, TypeError, "optimizer.*NoneType"),
+    ],
+)
+def test_bad_arguments_are_told_at_once(arguments, error, message):
+    _, pruner, optimizer = _pruner()
+    with pytest.raises(error, match=message):
+        pruner.step(**({"optimizer": optimizer} | arguments))
+
+
+def test_a_pruner_is_not_copied():
+    """A copy would draw nothing, without a word."""
+    _, pruner, _ = _pruner()
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(pruner)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from layerprune.ops import masked, registration
+from layerprune.ops.backends import backends
 from layerprune.ops.checks import (
     check,
     check_device,
@@ -17,8 +18,8 @@ from layerprune.ops.checks import (
 from layerprune.ops.rows import TakeRows
 
 FORMS = ("add", "lerp")
-MASKED_DEVICES = frozenset({"cuda"})
-"""Where ReLU keeps a bit for every element, see `layerprune.ops.masked`."""
+MASKED_DEVICES = frozenset({"cuda"} if backends()["cuda"].name != "eager" else ())
+"""Where a kernel keeps a bit for every element of a ReLU, see `layerprune.ops.masked`."""
 
 
 def _check_sum(x: Tensor, branch: Tensor, activation: str | None, form: str) -> None:

@@ -224,7 +224,7 @@ class Loop:
         best = settled and (place.best_accuracy is None or accuracy > place.best_accuracy)
         if best:
             place.best_accuracy = accuracy
-        session.save(self.keep)
+        self._save()
         if best:
             mark(session.folder, "best", f"checkpoint-{place.step}")
         if self.progress and self.bar.disable:
@@ -234,8 +234,14 @@ class Loop:
                 flush=True,
             )
 
+    def _save(self) -> None:
+        try:
+            self.session.save(self.keep)
+        except FloatingPointError as error:  # nobody has looked at the last step's gradients yet
+            self._diverged(str(error))
+
     def _interrupt(self) -> None:
         self._tally()
         self.log.flush()
-        self.session.save(self.keep)
+        self._save()
         raise Interrupted(self.session.place.step, self.session.folder)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from layerprune import models
+from layerprune.evidence import EvidenceQueue
 from layerprune.training import data, load, loop, recipe
 from layerprune.training.assembly import learning_rate_factor
 from layerprune.training.engine import train
@@ -124,6 +125,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch, p
     assert isinstance(stopped.value, FloatingPointError)
     model, _ = load(tmp_path)
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_gradients_that_are_not_finite_are_not_saved(small, tmp_path, monkeypatch):
+    """Of an epoch's last step, whose loss was: nobody would have looked before the next one."""
+
+    def refuse(self):
+        raise FloatingPointError("a gate's gradient is not finite in step 10")
+
+    monkeypatch.setattr(EvidenceQueue, "state_dict", refuse)
+    with pytest.raises(TrainingDiverged, match="not finite in step 10; there is no checkpoint yet"):
+        train(small, None, tmp_path, progress=False, device="cpu")
+    assert not list(tmp_path.glob("checkpoint*"))
 
 
 def test_the_learning_rate(small):
