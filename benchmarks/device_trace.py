@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +13,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 MEASURED = "measured"
-SYNCHRONISING = (
-    "cudaStreamSynchronize",
-    "cudaDeviceSynchronize",
-    "cudaEventSynchronize",
-    "cudaMemcpy",  # the one that waits: copies on a stream are cudaMemcpyAsync
-)
+CALL = re.compile(r"cu(da)?(\w+Synchronize|Memcpy(?!\w*Async)\w*)(_v\d+)?")
+"""Calls of the CUDA runtime and driver that wait."""
+COPY = re.compile(r"Memcpy .*Pageable.*")
+"""Copies from and to memory that is not pinned: called asynchronous, they wait all the same."""
+POLL = "cudaEventQuery"
+"""Asks whether earlier work is done; whoever asks again and again waits for it, and only for it."""
 DEVICE_KINDS = {"kernel": "kernels", "gpu_memset": "memsets", "gpu_memcpy": "copies"}
 
 
@@ -48,17 +50,31 @@ def launches(events: list[dict], calls: int) -> dict[str, float]:
 
 
 def synchronisations(events: list[dict], calls: int) -> dict[str, float]:
-    """How often each call made the host wait for the device, by what it called."""
+    """How often each call made the host wait for all that was queued, by what it called."""
+    waits = [event["name"] for event in _on_the_host(events) if CALL.fullmatch(event["name"])]
+    waits += [
+        event["name"]
+        for event in events
+        if event.get("cat") == "gpu_memcpy" and COPY.fullmatch(event["name"])
+    ]
+    return {name: count / calls for name, count in Counter(waits).items()}
+
+
+def polls(events: list[dict], calls: int) -> float:
+    """How often each call asked whether earlier work was done."""
+    return sum(event["name"] == POLL for event in _on_the_host(events)) / calls
+
+
+def _on_the_host(events: list[dict]) -> list[dict]:
+    """Calls of CUDA within the range of the calls."""
     ranges = [
         (event["ts"], event["ts"] + event["dur"])
         for event in events
         if event.get("cat") == "user_annotation" and event.get("name") == MEASURED
     ]
-    waits = [
-        event["name"]
+    return [
+        event
         for event in events
-        if event.get("cat") == "cuda_runtime"
-        and event["name"] in SYNCHRONISING
+        if event.get("cat") in ("cuda_runtime", "cuda_driver")
         and any(start <= event["ts"] < end for start, end in ranges)
     ]
-    return {name: waits.count(name) / calls for name in SYNCHRONISING if name in waits}

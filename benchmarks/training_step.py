@@ -9,7 +9,9 @@ that lie on the device. The same step is timed in blocks, by turns:
   half     every theta at 0.5
   removed  all sections gone: the part of the step that does not depend on theta
 A step's time is the wall clock's over a block of steps, at whose end the device is waited for. A
-profile counts the calls within a step that make the host wait.
+profile counts the calls within a step that make the host wait for all that is queued ("waits"), and
+those that ask whether the step before is done ("polls"): the pruner does, for its evidence, which
+holds the host at most one step ahead of the device.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 from device_operations import peak_bytes
-from device_trace import launches, synchronisations, traced
+from device_trace import launches, polls, synchronisations, traced
 from figures import training_figures
 from machine import facts, results_folder, write_result
 from torch.nn import functional as F
@@ -139,6 +141,7 @@ def row(kind: str, run: Run, seconds: list[float]) -> dict:
         "device_s": 1e-6 * ran["device_us"],
         "kernels": ran["kernels"],
         "waits": synchronisations(events, PROFILED_STEPS),
+        "polls": polls(events, PROFILED_STEPS),
         "peak_bytes": peak_bytes(run.step),
     }
 

@@ -39,7 +39,11 @@ def test_a_trace_tells_launches_and_waits():
         event("cuda_runtime", "cudaStreamSynchronize", 102),
         event("cuda_runtime", "cudaMemcpyAsync", 103),
         event("cuda_runtime", "cudaMemcpy", 104),
+        event("cuda_driver", "cuStreamSynchronize", 105),
+        event("cuda_runtime", "cudaEventQuery", 106),
         event("cuda_runtime", "cudaDeviceSynchronize", 151),  # the profiler's own
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 130, 0),
+        event("gpu_memcpy", "Memcpy HtoD (Pageable -> Device)", 131, 0),
     ]
     assert device_trace.launches(events, 2) == {
         "device_us": 8.0,
@@ -47,11 +51,17 @@ def test_a_trace_tells_launches_and_waits():
         "kernels_us": 7.0,
         "memsets": 0.5,
         "memsets_us": 1.0,
-        "copies": 0.0,
+        "copies": 1.0,
         "copies_us": 0.0,
     }
     waits = device_trace.synchronisations(events, 2)
-    assert waits == {"cudaStreamSynchronize": 0.5, "cudaMemcpy": 0.5}
+    assert waits == {
+        "cudaStreamSynchronize": 0.5,
+        "cudaMemcpy": 0.5,
+        "cuStreamSynchronize": 0.5,
+        "Memcpy HtoD (Pageable -> Device)": 0.5,
+    }
+    assert device_trace.polls(events, 2) == 0.5
 
 
 def test_a_real_trace_has_the_range_of_the_calls():

@@ -85,6 +85,21 @@ def test_learning_in_place(every):
     assert not torch.equal(held.theta, start.theta)
 
 
+def test_graphs_in_any_order(every):
+    """No two of them share what one call has set up: the one captured last is replayed first."""
+    runs = [(every.values(seed), every.values(seed)) for seed in (1, 2)]
+    for held, plain in runs:
+        warm(lambda held=held: every.learn_(held))
+        for _ in range(WARM_UPS):
+            every.learn_(plain)
+    graphs = [capture(lambda held=held: every.learn_(held))[0] for held, _ in runs]
+    for graph, (held, plain) in reversed(list(zip(graphs, runs, strict=True))):
+        graph.replay()
+        every.learn_(plain)
+        for name in ("theta", "statistics", "in_play"):
+            assert torch.equal(getattr(held, name), getattr(plain, name))
+
+
 class CoolDown:
     """A small residual network in cool-down, two of its sections settled and one eliminated."""
 

@@ -1,42 +1,22 @@
-"""In a training step the host never waits for the device."""
+"""In a training step the host never waits for what it has queued in that step.
 
-import re
+It asks whether the step before is done, whose evidence it needs: the device has this one to do
+then.
+"""
 
 import pytest
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from device_trace import synchronisations, traced
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
 STEPS = 24
 
-CALL = re.compile(r"cu(da)?(\w+Synchronize|Memcpy(?!\w*Async)\w*)(_v\d+)?")
-"""Calls of the CUDA runtime and driver that wait."""
-
-COPY = re.compile(r"Memcpy .*Pageable")
-"""Copies from and to memory that is not pinned: called asynchronous, they wait all the same."""
-
 
 def waits(function):
     """What made the host wait in a call of the function, by name."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        with record_function("observed"):
-            function()
-        torch.cuda.synchronize()
-    events = profiler.events()
-    (span,) = (
-        event.time_range
-        for event in events
-        if event.name == "observed" and event.device_type == DeviceType.CPU
-    )
-    calls = [
-        event.name
-        for event in events
-        if CALL.fullmatch(event.name) and span.start <= event.time_range.start <= span.end
-    ]
-    return calls + [event.name for event in events if COPY.match(event.name)]
+    return synchronisations(traced(function, 1), 1)
 
 
 def test_waiting_is_noticed():

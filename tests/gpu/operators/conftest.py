@@ -1,8 +1,9 @@
 """The operators of each family of GPU kernels, by whatever can run them here.
 
-On a GPU these are the compiled CUDA kernels and Triton's. Without one they are the CUDA kernels as
-`emulation` runs them on the host, or under TRITON_INTERPRET=1 Triton's in its interpreter. The same
-tests hold for all; on a GPU, compute-sanitizer can watch them.
+On a GPU these are the compiled CUDA kernels and Triton's, or those that LAYERPRUNE_BACKEND names.
+Without one they are the CUDA kernels as `emulation` runs them on the host, or under
+TRITON_INTERPRET=1 Triton's in its interpreter. The same tests hold for all; on a GPU,
+compute-sanitizer can watch them.
 """
 
 import os
@@ -22,7 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     FAMILIES = ["interpreted"]
 elif torch.cuda.is_available():
-    FAMILIES = ["cuda", "triton"]
+    wish = os.environ.get("LAYERPRUNE_BACKEND")
+    FAMILIES = {"compiled": ["cuda"], "triton": ["triton"]}.get(wish, ["cuda", "triton"])
 else:
     FAMILIES = ["emulated"]
 
