@@ -17,7 +17,7 @@ CALL = re.compile(r"cu(da)?(\w+Synchronize|Memcpy(?!\w*Async)\w*)(_v\d+)?")
 """Calls of the CUDA runtime and driver that wait."""
 COPY = re.compile(r"Memcpy .*Pageable.*")
 """Copies from and to memory that is not pinned: called asynchronous, they wait all the same."""
-POLL = "cudaEventQuery"
+POLL = re.compile(r"cudaEventQuery(_v\d+)?")
 """Asks whether earlier work is done; whoever asks again and again waits for it, and only for it."""
 DEVICE_KINDS = {"kernel": "kernels", "gpu_memset": "memsets", "gpu_memcpy": "copies"}
 
@@ -62,7 +62,7 @@ def synchronisations(events: list[dict], calls: int) -> dict[str, float]:
 
 def polls(events: list[dict], calls: int) -> float:
     """How often each call asked whether earlier work was done."""
-    return sum(event["name"] == POLL for event in _on_the_host(events)) / calls
+    return sum(bool(POLL.fullmatch(event["name"])) for event in _on_the_host(events)) / calls
 
 
 def _on_the_host(events: list[dict]) -> list[dict]:

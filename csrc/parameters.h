@@ -75,7 +75,7 @@ struct BackwardParams {
   const uint8_t* mask;  // kAddRelu on a GPU, see ForwardParams; null: y tells
   RowsIn factor;
   const int64_t* factor_row;  // row of `factor` for each row of grad or -1; null: as of the branch
-  RowsOut d_x;  // null: not wanted, where it is the incoming gradient
+  RowsOut d_x;                // null: not wanted, where it is the incoming gradient
   RowsOut d_branch;
   const float* gate;  // unless they are sampled
   SampledGates sampled;

@@ -124,7 +124,8 @@ class PendingEvidence:
             # whether it skipped the step.
             some = next(p for group in optimizer.param_groups for p in group["params"])
             scale = [scaler.scale(torch.ones((), device=some.device))]
-            overflows = list(scaler._found_inf_per_device(optimizer).values())
+            # Copies: the scaler adds up in place what other optimizers found.
+            overflows = [n.clone() for n in scaler._found_inf_per_device(optimizer).values()]
         self._scaling = HostCopy([*scale, *overflows])
 
     def arrive(self) -> StepEvidence:

@@ -237,6 +237,7 @@ class LayerPruner:
             FloatingPointError: if a gate's gradient was not finite in the step before, and no
                 scaler accounts for it.
             TypeError: if the optimizer cannot be compacted, or the scaler is none.
+            RuntimeError: if the scaler has not stepped the optimizer, or was updated since.
             ValueError: if the optimizer holds none of the model's parameters, or accumulation is
                 not a whole number of at least 1.
         """
@@ -246,6 +247,12 @@ class LayerPruner:
                 raise ValueError(f"accumulation must be a whole number >= 1, got {accumulation!r}")
             if not (scaler is None or isinstance(scaler, torch.amp.GradScaler)):
                 raise TypeError(f"scaler must be a GradScaler or None, got {type(scaler).__name__}")
+            if scaler is not None and scaler.is_enabled():
+                if not scaler._found_inf_per_device(optimizer):
+                    raise RuntimeError(
+                        "with a scaler, call the pruner's step after scaler.step(optimizer) and "
+                        "before scaler.update()"
+                    )
             if optimizer is None or optimizer is not self._optimizer:
                 check_optimizer(self.model, optimizer)
                 if run.config.rule == "attraction":

@@ -286,3 +286,33 @@ def test_a_pruner_is_not_copied():
     _, pruner, _ = _pruner()
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(pruner)
+
+
+@pytest.mark.parametrize("order", ["after update", "before step"])
+def test_a_scaler_out_of_order_is_told(order):
+    """Whether it skipped the step, and by what it scaled, is not known then."""
+    model, pruner, optimizer = _pruner()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(model(torch.ones(ROWS, 4)).mean()).backward()
+    if order == "after update":
+        scaler.step(optimizer)
+        scaler.update()
+    with pytest.raises(RuntimeError, match="after scaler.step.*before scaler.update"):
+        pruner.step(optimizer, scaler)
+    assert pruner.step_count == 0
+
+
+def test_what_another_optimizer_found_is_not_counted():
+    """On the CPU the scaler adds it up in place when it is updated."""
+    model, pruner, optimizer = _pruner()
+    other = torch.nn.Parameter(torch.ones(1))
+    second = torch.optim.SGD([other], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(model(torch.ones(ROWS, 4)).square().mean() + other.sum()).backward()
+    other.grad.fill_(torch.inf)
+    scaler.step(optimizer)
+    scaler.step(second)
+    pruner.step(optimizer, scaler)
+    scaler.update()
+    (evidence,) = pruner._run.evidence.state_dict()
+    assert not evidence["skipped"]

@@ -83,7 +83,7 @@ def compiled(kernel, element, constants, architecture, warps=4, **types):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("element", ["fp64", "fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("element", ["fp64", "fp32", "bf16"])  # fp16 is as bf16
 @pytest.mark.parametrize("form", FORMS)
 def test_residual(form, element, architecture, tmp_path):
     """Every form, with 16-byte accesses."""
@@ -95,7 +95,8 @@ def test_residual(form, element, architecture, tmp_path):
     if not flags["SLOTTED"]:
         flags["slot"] = None
     forward = flags | ({} if flags["SAMPLED"] else {"gates_out": None})
-    for config in rows.CONFIGS:
+    # Of the tuner's choice all for the newer architecture, one for the older.
+    for config in rows.CONFIGS[: None if architecture == ARCHITECTURES[-1] else 1]:
         constants = forward | config.kwargs
         warps = config.num_warps
         code = compiled(residual._forward_kernel, element, constants, architecture, warps)

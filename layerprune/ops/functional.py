@@ -72,11 +72,12 @@ def gated_residual(
     rounded once.
 
     Backward gives the gradients of x, branch and gate, none of them a view of another tensor, but
-    where the incoming gradient is that of x as it stands (``add`` without activation and slot, x no
-    leaf): there it is passed on, as PyTorch's own sum does. The gate's is summed in float32
-    (float64 for float64). Saved are at most y (for ReLU; on CUDA a bit for every element of it),
-    gate, slot and the rows of the branch (``lerp``: of branch - x) in ``gate_grad_rows``, or the
-    whole branch where that is None; nothing of the branch when the gate needs no gradient.
+    where the incoming gradient is that of x as it stands (``add`` without activation and slot, not
+    compiled, x not from `take_rows`): there it is handed on, as by PyTorch's own sum. The gate's is
+    summed in float32 (float64 for float64). Saved are at most y (for ReLU; on CUDA a bit for every
+    element of it), gate, slot and the rows of the branch (``lerp``: of branch - x) in
+    ``gate_grad_rows``, or the whole branch where that is None; nothing of the branch when the gate
+    needs no gradient.
 
     Args:
         x: ``[B, *S]``, floating point, any strides; contiguous and channels_last are fast.
@@ -133,8 +134,8 @@ def take_rows(x: Tensor, rows: Tensor, exclusive: bool = False) -> tuple[Tensor,
     Args:
         x: ``[B, *S]``.
         rows: int64 ``[K]``, each row at most once.
-        exclusive: Promises that ``x_rest`` goes into `gated_residual` and nowhere else, and that
-            nobody asks for its gradient, be it by a hook. That gradient is then a fresh tensor
+        exclusive: Promises that ``x_rest`` itself goes into `gated_residual` and nowhere else, and
+            that nobody asks for its gradient, be it by a hook. That gradient is then a fresh tensor
             that nothing else holds, and is added to in place.
 
     Returns:

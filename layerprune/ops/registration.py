@@ -10,6 +10,7 @@ from torch import Tensor
 from layerprune.ops import reference
 from layerprune.ops.draw import independent_gates
 from layerprune.ops.reference import accumulation_dtype, empty_rows, row_format
+from layerprune.ops.rows import TakeRows
 from layerprune.ops.schema import register
 
 
@@ -65,18 +66,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _passes(x: Tensor, relu: bool, lerp: bool) -> bool:
-    """Whether the gradient of x is the incoming one as it stands, which is then not copied.
+    """Whether the gradient of x is the incoming one, and may be handed on without a copy.
 
-    A leaf gets a copy: what becomes its ``grad`` must share no memory with the gradient of another.
+    Not while a compiler traces, which shows no graph beyond x, nor to `TakeRows`, which adds to
+    what it gets in place.
     """
-    return not (relu or lerp or x.is_leaf)
+    if relu or lerp or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not isinstance(x.grad_fn, TakeRows._backward_cls)
 
 
 def _for_x(ctx: Any, grad: Tensor, d_x: Tensor) -> Tensor | None:
-    """The gradient of x; that of the result where it passes, marked as a view of it."""
+    """The gradient of x; where it passes the very tensor that came.
+
+    Autograd sees by its count of references that others hold it. A view would look like a tensor of
+    its own, and become the ``grad`` of one parameter in the memory of another's.
+    """
     if not ctx.needs_input_grad[0]:
         return None
-    return grad.view_as(grad) if ctx.passes else d_x
+    return grad if ctx.passes else d_x
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -28,17 +28,73 @@ KINDS = pytest.mark.parametrize("operation", [_sum, _sampled], ids=["given", "sa
 
 @KINDS
 def test_it_is_the_incoming_gradient(operation):
-    """In memory too, unless x is a leaf, whose gradient stays; the branch's is the same."""
+    """In memory too; the branch's is the one that is computed beside a copy."""
     x, branch, grad = _tensors()
-    leaf, other = x.clone().requires_grad_(), branch.requires_grad_()
-    inner = leaf * 1
-    for source, passes in ((inner, True), (leaf, False)):
-        y = operation(source, other)
-        d_x, d_branch = torch.autograd.grad(y, (source, other), grad, retain_graph=True)
-        assert d_x.equal(grad)
-        assert (d_x.data_ptr() == grad.data_ptr()) is passes
-        expected = torch.autograd.grad(operation(x.requires_grad_(), other), other, grad)[0]
-        assert d_branch.equal(expected) and d_branch.data_ptr() != grad.data_ptr()
+    other = branch.requires_grad_()
+    inner = x.clone().requires_grad_() * 1
+    d_x, d_branch = torch.autograd.grad(operation(inner, other), (inner, other), grad)
+    assert d_x.data_ptr() == grad.data_ptr()
+    expected = torch.autograd.grad(operation(x, other), other, grad)[0]
+    assert d_branch.equal(expected) and d_branch.data_ptr() != grad.data_ptr()
+
+
+class _Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+WAYS = {"leaf": lambda x: x, "clone": torch.clone, "function": _Identity.apply}
+
+
+@KINDS
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+def test_two_parameters_have_gradients_of_their_own(operation, way, backend):
+    """Behind nodes that hand a gradient on: accumulated twice, as PyTorch's sum gives them."""
+    if way == "function" and backend is not None:
+        pytest.skip("a function that returns a view of its input does not compile")
+    reach = WAYS[way]
+    first, second, one = (torch.nn.Parameter(torch.ones(B, 3)) for _ in range(3))
+    branch = torch.ones(B, 3)
+
+    def add(x):
+        return operation(reach(x), branch)
+
+    if backend is not None:
+        torch._dynamo.reset()
+        add = torch.compile(add, backend=backend)
+    for _ in range(2):
+        ((add(first) + add(second) + add(one) * 0) * 3).sum().backward()
+    assert first.grad.eq(6).all() and second.grad.eq(6).all() and one.grad.eq(0).all()
+    first.grad.mul_(0)
+    assert second.grad.eq(6).all()
+
+
+def test_behind_a_hook_of_a_module():
+    """Its node hands the gradient on as well."""
+
+    class Add(torch.nn.Module):
+        def forward(self, x):
+            return _sum(x, torch.ones(B, 3))
+
+    module = Add()
+    module.register_full_backward_hook(lambda *_: None)
+    first, second = (torch.nn.Parameter(torch.ones(B, 3)) for _ in range(2))
+    for _ in range(2):
+        ((module(first) + module(second)) * 3).sum().backward()
+    assert first.grad.eq(6).all() and second.grad.eq(6).all()
+
+
+def test_the_callers_gradient_stays_the_callers():
+    x, branch, grad = _tensors()
+    leaf = x.requires_grad_()
+    _sum(leaf, branch).backward(grad)
+    assert leaf.grad.equal(grad) and leaf.grad.data_ptr() != grad.data_ptr()
 
 
 @KINDS
@@ -60,13 +116,18 @@ def test_no_gradient_of_x(operation):
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
-def test_gathered_rows_are_not_added_to_it(exclusive):
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+def test_gathered_rows_are_not_added_to_it(exclusive, backend):
     """All rows gathered and no slots: the incoming gradient belongs to the caller."""
     x, _, grad = _tensors()
     leaf = x.requires_grad_()
     before = grad.clone()
     taken, rest = ops.take_rows(leaf * 1, torch.arange(B), exclusive=exclusive)
-    y = _sum(rest, taken * 2)
+    add = _sum
+    if backend is not None:
+        torch._dynamo.reset()
+        add = torch.compile(_sum, backend=backend)
+    y = add(rest, taken * 2)
     (d_x,) = torch.autograd.grad(y, leaf, grad)
     assert grad.equal(before)
     torch.testing.assert_close(d_x, grad * (1 + 2 * torch.linspace(0, 1, B).view(-1, 1, 1)))
