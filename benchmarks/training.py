@@ -111,14 +111,30 @@ def markdown(result: dict) -> str:
         mean = result["mean"][kind]
         error = mean["accuracy_difference_standard_error"]
         within = "" if error is None else f" ± {100 * error:.2f}"
-        time = f"{result['mean']['train_time_fraction']:.1%} of dense" if kind == "pruned" else ""
+        time = statistics.mean(
+            row[kind]["train_seconds"] / row["dense"]["train_seconds"] for row in result["rows"]
+        )
         points = f"{100 * mean['accuracy_difference']:+.2f}{within} points"
         training, inference = mean["train_flops_fraction"], mean["inference_flops_fraction"]
         lines.append(
             f"| mean | {kind} | {mean['accuracy']:.4f} ({points}) | {mean['sections_kept']:.1f} | "
-            f"{training:.1%} | {inference:.1%} | {time} |"
+            f"{training:.1%} | {inference:.1%} | {time:.1%} of dense |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", decisions([row["pruned"] for row in result["rows"]])])
+
+
+def decisions(runs: list[dict]) -> str:
+    """How the pruned runs' sections were decided, and what that took."""
+    tested, rounded = (sum(r[f"decided_by_{how}"] for r in runs) for how in ("test", "rounding"))
+    firsts = [r["first_elimination_fraction"] for r in runs]
+    first = statistics.mean(f for f in firsts if f is not None) if any(firsts) else None
+    when = "none left" if first is None else f"the first left after {first:.0%} of training"
+    testing = sum(r["overhead"]["test_seconds"] for r in runs)
+    share = testing / sum(r["train_seconds"] for r in runs)
+    return (
+        f"Of the pruned runs' sections the test decided {tested} of {tested + rounded}; {when}; "
+        f"the tests took {share:.1%} of the time."
+    )
 
 
 if __name__ == "__main__":
