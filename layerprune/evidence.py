@@ -56,22 +56,19 @@ class StepEvidence:
         slopes = self.slope is None or bool(self.slope.isfinite().all())
         return slopes and (self.measurement is None or self.measurement.is_finite)
 
-    def check(self) -> None:
-        """Lets no evidence pass that is not finite and that no scaler answers for.
+    def check(self) -> bool:
+        """Whether it may be learnt from: not that of a step that was, or had to be, skipped.
 
         Raises:
-            FloatingPointError: if it is such.
+            FloatingPointError: if it is not finite and no scaler answers for that.
         """
-        if not (self.scaled or self.is_finite):
+        finite = self.is_finite
+        if not (finite or self.scaled):
             raise FloatingPointError(
                 f"a gate's gradient is not finite in step {self.step}: the loss or the model's "
                 "outputs overflowed"
             )
-
-    @property
-    def counts(self) -> bool:
-        """Whether it may be learnt from: not that of a step that was, or had to be, skipped."""
-        return self.is_finite and not self.skipped
+        return finite and not self.skipped
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> StepEvidence:

@@ -382,8 +382,7 @@ class LayerPruner:
         """Learns from a step's evidence; returns the sections that it eliminates."""
         run = self._run
         if evidence is not None:
-            evidence.check()
-            if not evidence.counts:
+            if not evidence.check():
                 return []
             if evidence.slope is not None and run.phase != "cool-down":
                 self._learner.move(evidence.slope, evidence.counted)

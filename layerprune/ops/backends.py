@@ -28,8 +28,8 @@ import torch
 from layerprune._version import __version__
 
 VARIABLE = "LAYERPRUNE_BACKEND"
-"""Environment variable: ``auto`` (default), ``eager``, ``compiled`` or ``triton``: for CUDA, also
-where the compiled part is. The last two are an error without what they ask for."""
+"""Environment variable: ``auto`` (default), ``eager``, ``compiled``: an error without the compiled
+part for the CPU, or ``triton``: for CUDA, also where the compiled part is, and an error without."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -1,8 +1,7 @@
 """The gated residual sum with ReLU that keeps a bit for every element in place of its result.
 
-Backward then reads 1/16 of what it would read of a 16-bit y: on a device where the operation is as
-fast as its memory, an eighth of the time of forward and backward. Where a kernel has it, autograd
-uses this form (`layerprune.ops.functional`); its numbers are those of `gated_residual`.
+Backward then reads 1/16 of what it would read of a 16-bit y. Where a kernel has it, autograd uses
+this form (`layerprune.ops.functional`); its numbers are those of `gated_residual`.
 """
 
 from __future__ import annotations
