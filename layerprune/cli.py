@@ -1,6 +1,6 @@
 """The command line's outer edge: what goes wrong becomes one line and an exit code.
 
-0: done; 1: the run failed; 2: the user can set it right; 130: stopped by Ctrl-C or SIGTERM.
+0: done; 1: the run failed; 2: the user can set it right; 130: stopped by Ctrl-C; 143: by SIGTERM.
 The commands are in `layerprune.commands`, which needs the extra ``train``.
 """
 
@@ -48,7 +48,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.Abort:
         return _complain("stopped", 130)
     except Interrupted as stopped:
-        return _complain(str(stopped), 130)
+        return _complain(str(stopped), stopped.exit_code)
     except MISTAKES as error:
         return _complain(str(error), 2)
     except FAILURES as error:
@@ -64,5 +64,5 @@ def _complain(message: str, code: int) -> int:
     # From a data-loading process comes a whole traceback, the message at its end.
     lines = message.strip().splitlines()
     if lines:  # nothing to say where typer has printed the help
-        print(f"error: {lines[-1]}" if code != 130 else lines[-1], file=sys.stderr)
+        print(f"error: {lines[-1]}" if code < 128 else lines[-1], file=sys.stderr)
     return code

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-import yaml
 
 from layerprune import backends, models
+from layerprune.train_command import DataDir, Device, train_command
 from layerprune.training import data, demo, recipe
 from layerprune.training.assembly import pick_device
 from layerprune.training.checkpoint import load_model
-from layerprune.training.engine import train
 from layerprune.training.evaluation import compaction_difference, evaluate
 from layerprune.training.interrupt import Interrupted
 from layerprune.training.loop import TrainingDiverged
@@ -40,91 +39,7 @@ app = typer.Typer(
     help="Train residual networks that find out which of their layers to drop.",
 )
 
-DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data set.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if any.")]
-
-
-@app.command("train")
-def train_command(
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="[RECIPE]", help="A recipe's name or a YAML file; see info."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE.")] = None,
-    data_dir: DataDir = None,
-    dataset: Annotated[str | None, typer.Option()] = None,
-    model: Annotated[str | None, typer.Option()] = None,
-    train_subset: Annotated[int | None, typer.Option(help="Train on so many images.")] = None,
-    epochs: Annotated[int | None, typer.Option()] = None,
-    batch_size: Annotated[int | None, typer.Option()] = None,
-    opt: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    weight_decay: Annotated[float | None, typer.Option()] = None,
-    warmup_epochs: Annotated[
-        float | None,
-        typer.Option(help="Of the learning rate; theta's own is --set warm_up=SHARE."),
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Loss that a layer of mean cost must be worth.")
-    ] = None,
-    cost: Annotated[str | None, typer.Option(help="flops, params or uniform.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that fetch data.")] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Do not prune.")] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A field of PruneConfig; repeatable."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --output.")
-    ] = False,
-    device: Device = None,
-    checkpoint_hist: Annotated[int, typer.Option(min=1, help="Checkpoints to keep.")] = 2,
-) -> None:
-    """Train a network, pruning its depth meanwhile."""
-    if resume and output is None:
-        raise typer.BadParameter("--resume needs --output, the folder of the run to go on with")
-    if resume and name is None:
-        chosen, earlier = read_args(output)
-        data_dir = data_dir or earlier
-    else:
-        chosen = recipe.load(name or recipe.DEFAULT)
-    chosen = recipe.override(
-        chosen,
-        dataset=dataset,
-        model=model,
-        train_subset=train_subset,
-        epochs=epochs,
-        batch_size=batch_size,
-        opt=opt,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup_epochs=warmup_epochs,
-        strength=strength,
-        cost=cost,
-        seed=seed,
-        workers=workers,
-        prune=False if dense else None,
-        prune_config=chosen.prune_config | _assignments(settings or []),
-    )
-    output = output or Path("runs", chosen.name)
-    summary = train(
-        chosen,
-        data_dir,
-        output,
-        resume=resume,
-        device=device,
-        checkpoint_hist=checkpoint_hist,
-    )
-    if chosen.prune:
-        print(
-            f"accuracy {summary['accuracy']:.4f} with {summary['sections_kept']} of "
-            f"{summary['sections_total']} sections, for {summary['train_flops_fraction']:.1%} of "
-            f"the dense training FLOPs; inference {summary['inference_flops_fraction']:.1%}"
-        )
-    else:
-        print(f"accuracy {summary['accuracy']:.4f}")
-    print(f"report: {output / 'report.html'}")
+app.command("train")(train_command)
 
 
 @app.command("eval")
@@ -193,20 +108,6 @@ def demo_command(
     result = demo.run(chosen, data_dir, output, device=device)
     print(f"\n{result.table}\n")
     print(f"report: {result.report}")
-
-
-def _assignments(settings: list[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs, the values read as YAML."""
-    values = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
-            raise recipe.RecipeError(f"--set takes KEY=VALUE, got {setting!r}")
-        try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise recipe.RecipeError(f"--set {setting!r}: the value is no YAML") from error
-    return values
 
 
 def _opened(path: Path, data_dir: Path | None, device: str | None) -> tuple:

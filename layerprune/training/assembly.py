@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from layerprune import models
 from layerprune.compaction import eliminate_sections
@@ -19,7 +20,16 @@ from layerprune.training.checkpoint import example_inputs
 from layerprune.training.data import DataSplits
 from layerprune.training.recipe import Recipe, RecipeError
 
-__all__ = ["Network", "build_network", "learning_rate_factor", "make_optimizer", "pick_device"]
+__all__ = [
+    "Network",
+    "build_network",
+    "learning_rate_factor",
+    "make_optimizer",
+    "make_scaler",
+    "make_schedule",
+    "pick_device",
+    "precision",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Network:
     Attributes:
         model: on its device.
         pruner: None for a dense run.
+        ema: the average of the weights, if the recipe keeps one.
         builder: name and kwargs for `layerprune.models.build`.
         steps_per_epoch: a smaller last batch is left out.
         total_steps: of the run.
@@ -36,6 +47,7 @@ class Network:
 
     model: nn.Module
     pruner: LayerPruner | None
+    ema: AveragedModel | None
     builder: dict[str, Any]
     steps_per_epoch: int
     total_steps: int
@@ -66,11 +78,12 @@ def build_network(recipe: Recipe, splits: DataSplits, device: torch.device) -> N
     Raises:
         RecipeError: the model, the pruner or the number of steps does not go with the data.
     """
-    steps = len(splits.train) // recipe.batch_size
+    steps = len(splits.train) // recipe.step_rows
     if steps == 0:
+        times = f" times {recipe.grad_accum_steps}" if recipe.grad_accum_steps > 1 else ""
         raise RecipeError(
-            f"batch_size {recipe.batch_size} is more than the {len(splits.train)} training images: "
-            "choose a smaller one"
+            f"batch_size {recipe.batch_size}{times} is more than the {len(splits.train)} training "
+            "images: choose a smaller one"
         )
     kwargs = dict(recipe.model_args) | {
         "num_classes": splits.num_classes,
@@ -84,7 +97,10 @@ def build_network(recipe: Recipe, splits: DataSplits, device: torch.device) -> N
         eliminate_sections(model, recipe.without, example)
         layout = torch.channels_last if recipe.channels_last else torch.preserve_format
         model.to(device=device, memory_format=layout)
-        pruner = None
+        ema = pruner = None
+        if recipe.model_ema:
+            average = get_ema_multi_avg_fn(recipe.model_ema_decay)
+            ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         if recipe.prune:
             pruner = LayerPruner(
                 model,
@@ -94,10 +110,11 @@ def build_network(recipe: Recipe, splits: DataSplits, device: torch.device) -> N
                 cost=recipe.cost,
                 config=recipe.pruning(),
                 seed=recipe.seed,
+                **({} if ema is None else {"ema": ema}),  # TEMPORARY
             )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from error
-    return Network(model, pruner, {"name": recipe.model, "kwargs": kwargs}, steps, total)
+    return Network(model, pruner, ema, {"name": recipe.model, "kwargs": kwargs}, steps, total)
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
@@ -132,3 +149,14 @@ def learning_rate_factor(recipe: Recipe, steps_per_epoch: int) -> Callable[[int]
 def make_schedule(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> LambdaLR:
     """The recipe's learning rate; step it after every step of the optimizer."""
     return LambdaLR(optimizer, learning_rate_factor(recipe, steps_per_epoch))
+
+
+def make_scaler(recipe: Recipe, device: torch.device) -> torch.amp.GradScaler:
+    """The gradients' scaler; it does nothing but where forwards run in float16."""
+    return torch.amp.GradScaler(device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
+
+
+def precision(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The context of training's forwards and losses; evaluation is in float32, as `eval` is."""
+    dtype = getattr(torch, recipe.amp_dtype)
+    return torch.autocast(device.type, dtype=dtype, enabled=recipe.amp)

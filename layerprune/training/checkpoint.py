@@ -3,6 +3,7 @@
 ==================  ==============================================================================
 model.safetensors   the weights
 structure.json      how the dense network is built, which sections are gone, theta of the others
+ema.safetensors     the weights' average, where one is kept
 training.pt         optimizer, schedule, pruner, random state, place in the run; not in the final
                     model's folder
 ==================  ==============================================================================
@@ -30,7 +31,14 @@ from torch import Tensor, nn
 from layerprune import models
 from layerprune._version import __version__
 from layerprune.compaction import eliminate_sections
-from layerprune.training.runfolder import STRUCTURE, TRAINING, WEIGHTS, CheckpointError, locate
+from layerprune.training.runfolder import (
+    EMA,
+    STRUCTURE,
+    TRAINING,
+    WEIGHTS,
+    CheckpointError,
+    locate,
+)
 
 __all__ = ["CheckpointError", "load_model"]
 
@@ -71,6 +79,7 @@ def save(
     weights: Mapping[str, Tensor],
     structure: Mapping[str, Any],
     training: Mapping[str, Any] | None = None,
+    average: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a checkpoint; an older one under the same name stays until the new one is complete.
 
@@ -79,14 +88,17 @@ def save(
         weights: the model's `state_dict`.
         structure: from `structure_of`.
         training: tensors, numbers, text and containers of them.
+        average: the averaged model's `state_dict`, if there is one.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    safetensors.torch.save_file(plain, temporary / WEIGHTS)
+    for name, tensors in ((WEIGHTS, weights), (EMA, average)):
+        if tensors is not None:
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            safetensors.torch.save_file(plain, temporary / name)
     (temporary / STRUCTURE).write_text(json.dumps(structure, indent=2) + "\n", encoding="utf-8")
     if training is not None:
         torch.save(dict(training), temporary / TRAINING)
@@ -144,13 +156,13 @@ def read_structure(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads ``model.safetensors`` to the CPU.
+def read_weights(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
+    """Reads ``model.safetensors``, or the average's file, to the CPU.
 
     Raises:
         CheckpointError: missing or damaged.
     """
-    path = _existing(folder / WEIGHTS)
+    path = _existing(folder / name)
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
@@ -210,18 +222,18 @@ def build_dense(folder: Path, structure: Mapping[str, Any]) -> nn.Module:
         raise CheckpointError(f"{folder / STRUCTURE}: {what}") from error
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, name: str = WEIGHTS) -> None:
     """Loads a checkpoint's weights into a model of its structure.
 
     Raises:
         CheckpointError: missing, damaged, or of another model.
     """
     try:
-        model.load_state_dict(read_weights(folder))
+        model.load_state_dict(read_weights(folder, name))
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit the network of {STRUCTURE}: {detail}"
+            f"{folder / name} does not fit the network of {STRUCTURE}: {detail}"
         ) from error
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
@@ -13,32 +17,42 @@ class Interrupted(Exception):
     Args:
         step: steps done.
         folder: the run's folder.
+        signal: number of the signal that asked for it.
     """
 
-    def __init__(self, step: int, folder: object) -> None:
+    def __init__(self, step: int, folder: object, signal: int) -> None:
         super().__init__(
             f"stopped after step {step}; go on with: layerprune train --resume --output {folder}"
         )
         self.step = step
+        self.signal = signal
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell gives a process that the signal ended."""
+        return 128 + self.signal
 
 
 class StopRequest:
     """Notes the first Ctrl-C or SIGTERM while it is entered; a second one acts as it always does.
 
     Outside the main thread, where Python takes no signals, it never notes any.
+
+    Attributes:
+        signal: number of the signal that was noted; 0 for none.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signal = 0
         self._before: dict[int, object] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.signal = number
         signal.signal(number, self._before[number])
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _STOPS:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -50,3 +64,17 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes started meanwhile never hear of Ctrl-C or SIGTERM.
+
+    They reach the whole group of processes. Who fetches data has to go on until the step's end;
+    then the process that trains ends it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -6,17 +6,18 @@ import math
 import time
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from layerprune.judge import Event
 from layerprune.training.data import DataSplits
 from layerprune.training.evaluation import evaluate
 from layerprune.training.interrupt import Interrupted, StopRequest
-from layerprune.training.runfolder import mark, marked
+from layerprune.training.runfolder import marked
 from layerprune.training.runlog import RunLog
 from layerprune.training.sampling import train_loader
 from layerprune.training.session import Session
+from layerprune.training.step import TrainStep
 from layerprune.transfer import HostCopy
 
 __all__ = ["Loop", "TrainingDiverged"]
@@ -67,7 +68,7 @@ class Loop:
         self.keep = keep
         self.progress = progress
         self.tally: _Tally | None = None
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=self.recipe.smoothing)
+        self.train_step = TrainStep(session)
         self.theta_every = -(-session.network.total_steps // _THETA_ROWS)
         self.bar = tqdm(
             total=session.network.total_steps,
@@ -96,7 +97,7 @@ class Loop:
         start = time.perf_counter()
         loader = train_loader(
             self.splits,
-            recipe.batch_size,
+            recipe.step_rows,
             seed=recipe.seed,
             epoch=place.epoch,
             start_batch=place.batch,
@@ -109,41 +110,39 @@ class Loop:
             events = self._step(images, labels)
             place.train_seconds += time.perf_counter() - start
             self._note_step(events)
-            # At the epoch's end its evaluation and checkpoint come first.
-            if self.stop.requested and place.batch < session.network.steps_per_epoch:
-                self._interrupt()
+            # At the epoch's end its evaluation comes first.
+            if place.batch < session.network.steps_per_epoch:
+                self._save_between(self.stop.signal)
             start = time.perf_counter()
         self._end_epoch(learning_rate)
-        if self.stop.requested and place.epoch < recipe.epochs:
-            raise Interrupted(place.step, session.folder)
+        if self.stop.signal and place.epoch < recipe.epochs:
+            raise Interrupted(place.step, session.folder, self.stop.signal)
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple:
+    def _save_between(self, stop: int) -> None:
+        """Saves within an epoch if it is time to, or if a signal asks to stop."""
+        every = self.recipe.checkpoint_steps
+        if stop or (every is not None and self.session.place.step % every == 0):
+            self._save()
+        if stop:
+            raise Interrupted(self.session.place.step, self.session.folder, stop)
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Event, ...]:
         """One training step; returns the pruner's decisions."""
-        session, place = self.session, self.session.place
-        layout = torch.channels_last if self.recipe.channels_last else torch.preserve_format
-        images = images.to(session.device, non_blocking=True, memory_format=layout)
-        labels = labels.to(session.device, non_blocking=True)
-        outputs = session.model(images)
-        loss = self.criterion(outputs, labels)
-        loss.backward()
+        place = self.session.place
+        try:
+            outcome = self.train_step(images, labels)
+        except FloatingPointError as error:
+            self._diverged(str(error))
+        # Of the step before, which the device has had time to end.
         self._tally()
-        session.optimizer.step()
-        events = ()
-        if session.pruner is not None:
-            try:
-                events = session.pruner.step(session.optimizer).events
-            except FloatingPointError as error:
-                self._diverged(str(error))
-        session.optimizer.zero_grad()
-        session.schedule.step()
         place.step += 1
         place.batch += 1
-        correct = (outputs.argmax(1) == labels).sum()
-        self.tally = _Tally(place.step, len(labels), HostCopy([loss, correct]))
-        return events
+        copy = HostCopy([outcome.loss, outcome.correct])
+        self.tally = _Tally(place.step, outcome.images, copy)
+        return outcome.events
 
     def _tally(self) -> None:
-        """Counts what came of the step before, which the device has had time to end."""
+        """Counts what came of the last step that is not counted yet."""
         place, tally = self.session.place, self.tally
         if tally is None:
             return
@@ -163,7 +162,7 @@ class Loop:
             f"{what}; {good}. Try a smaller lr (now {self.recipe.lr:g}) or a longer warm-up of it"
         )
 
-    def _note_step(self, events: tuple) -> None:
+    def _note_step(self, events: tuple[Event, ...]) -> None:
         session, place = self.session, self.session.place
         if session.pruner is not None:
             if place.step % self.theta_every == 0:
@@ -176,7 +175,7 @@ class Loop:
     def _shown(self) -> dict[str, str]:
         """Loss and accuracy of the epoch so far, and how far pruning is."""
         place = self.session.place
-        seen = (place.batch - (self.tally is not None)) * self.recipe.batch_size
+        seen = (place.batch - (self.tally is not None)) * self.recipe.step_rows
         shown = {}
         if seen:
             shown = {"loss": f"{place.loss_sum / seen:.3f}", "acc": f"{place.correct / seen:.3f}"}
@@ -199,10 +198,11 @@ class Loop:
     def _end_epoch(self, learning_rate: float) -> None:
         session, place = self.session, self.session.place
         self._tally()
-        loss, accuracy = evaluate(session.model, self.splits, session.device, self.recipe.workers)
+        loss, accuracy = self._evaluate(session.model)
+        ema_loss, ema_accuracy = self._evaluate(session.ema)
         alive, theta, spent = self._pruning()
         shown = self._shown()
-        seen = place.batch * self.recipe.batch_size
+        seen = place.batch * self.recipe.step_rows
         row = {
             "epoch": place.epoch + 1,
             "step": place.step,
@@ -211,6 +211,8 @@ class Loop:
             "train_accuracy": place.correct / seen,
             "test_loss": loss,
             "test_accuracy": accuracy,
+            "ema_loss": ema_loss,
+            "ema_accuracy": ema_accuracy,
             "sections_alive": alive,
             "mean_theta": theta,
             "train_flops_fraction": spent,
@@ -223,10 +225,8 @@ class Loop:
         settled = session.pruner is None or session.pruner.phase == "cool-down"
         best = settled and (place.best_accuracy is None or accuracy > place.best_accuracy)
         if best:
-            place.best_accuracy = accuracy
+            place.best_accuracy, place.best_step = accuracy, place.step
         self._save()
-        if best:
-            mark(session.folder, "best", f"checkpoint-{place.step}")
         if self.progress and self.bar.disable:
             words = "  ".join(f"{key} {value}" for key, value in shown.items())
             print(
@@ -234,14 +234,16 @@ class Loop:
                 flush=True,
             )
 
+    def _evaluate(self, model: nn.Module | None) -> tuple[float | None, float | None]:
+        """Loss and accuracy; None of no model."""
+        if model is None:
+            return None, None
+        return evaluate(model, self.splits, self.session.device, self.recipe.workers)
+
     def _save(self) -> None:
+        self._tally()
+        self.log.flush()
         try:
             self.session.save(self.keep)
         except FloatingPointError as error:  # nobody has looked at the last step's gradients yet
             self._diverged(str(error))
-
-    def _interrupt(self) -> None:
-        self._tally()
-        self.log.flush()
-        self._save()
-        raise Interrupted(self.session.place.step, self.session.folder)

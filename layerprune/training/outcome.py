@@ -18,7 +18,7 @@ from layerprune.training.data import DataSplits
 from layerprune.training.evaluation import compaction_difference
 from layerprune.training.records import fates, read_run
 from layerprune.training.report import write_report
-from layerprune.training.runfolder import FINAL, RunFolderError
+from layerprune.training.runfolder import FINAL, FINAL_EMA, RunFolderError
 from layerprune.training.runlog import RunLog
 from layerprune.training.session import Session
 
@@ -37,6 +37,8 @@ def versions() -> dict[str, str]:
 def finish(session: Session, splits: DataSplits, log: RunLog) -> dict[str, Any]:
     """Compacts the trained network, writes it to ``model/``, checks it, and sums the run up.
 
+    The weights' average, where there is one, goes to ``model-ema/``.
+
     Returns:
         The content of ``summary.json``.
     """
@@ -46,6 +48,9 @@ def finish(session: Session, splits: DataSplits, log: RunLog) -> dict[str, Any]:
         session.pruner.strip()
     folder = session.folder / FINAL
     checkpoint.save(folder, session.model.state_dict(), structure)
+    if session.ema is not None:
+        average = session.ema.module.state_dict()
+        checkpoint.save(session.folder / FINAL_EMA, average, structure)
     difference = None
     if session.pruner is not None:
         # What is checked is what was written.
@@ -85,7 +90,7 @@ def _summary(session: Session, structure: dict[str, Any]) -> dict[str, Any]:
         ledger, schedule = session.pruner.ledger, session.pruner.schedule
         phases = {"warm_up_end": schedule.warm_up_end, "learning_end": schedule.learning_end}
     else:
-        images = (1 + BACKWARD) * recipe.batch_size * network.total_steps
+        images = (1 + BACKWARD) * recipe.step_rows * network.total_steps
         ledger, phases = Ledger(images * flops, images * dense_flops[""]), {}
     outcomes = fates(record)
     removed = [fate.step for fate in outcomes if fate.step is not None]
@@ -97,6 +102,7 @@ def _summary(session: Session, structure: dict[str, Any]) -> dict[str, Any]:
         "epochs": recipe.epochs,
         "accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
+        "ema_accuracy": last["ema_accuracy"],
         "sections_total": len(architecture),
         "sections_kept": sum(part["kept"] for part in architecture),
         "parameters": sum(p.numel() for p in session.model.parameters()),

@@ -27,6 +27,8 @@ EPOCH_COLUMNS = (
     "train_accuracy",
     "test_loss",
     "test_accuracy",
+    "ema_loss",
+    "ema_accuracy",
     "sections_alive",
     "mean_theta",
     "train_flops_fraction",

@@ -5,6 +5,7 @@ args.yaml             the recipe, and where the data is
 checkpoint-N/         the run after N steps; the newest few and the best one are kept
 last, best            files that hold the name of one of the checkpoints
 model/                the compacted network of a finished run
+model-ema/            the same with its weights' average, where one was kept
 ====================  ============================================================================
 
 `layerprune.training.records` has the tables beside these.
@@ -27,11 +28,12 @@ __all__ = ["CheckpointError", "RunFolderError"]
 
 ARGS = "args.yaml"
 WEIGHTS, STRUCTURE, TRAINING = "model.safetensors", "structure.json", "training.pt"
-FINAL = "model"
-"""Folder of the compacted network."""
+EMA = "ema.safetensors"
+FINAL, FINAL_EMA = "model", "model-ema"
+"""Folders of the compacted network, and of its weights' average."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_FREE = ("workers",)
+_FREE = ("workers", "checkpoint_steps")
 """Settings that change no result, so that a resumed run may have others."""
 
 

@@ -38,6 +38,8 @@ _SCALARS = {
     "train_accuracy": "train/accuracy",
     "test_loss": "test/loss",
     "test_accuracy": "test/accuracy",
+    "ema_loss": "test/ema_loss",
+    "ema_accuracy": "test/ema_accuracy",
     "sections_alive": "layerprune/sections_alive",
     "train_flops_fraction": "layerprune/train_flops_fraction",
 }

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from layerprune.training.data import DataSplits
 from layerprune.training.images import FileImages, PixelImages, Stream, derived_seed
+from layerprune.training.interrupt import deaf_children
 
 __all__ = ["test_loader", "train_loader"]
 
@@ -48,8 +49,16 @@ class _Batches(Sampler):
             yield self.order[batch * self.size : (batch + 1) * self.size]
 
 
+class _Loader(DataLoader):
+    """A loader whose processes leave it to the one that trains to stop."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        with deaf_children():
+            return super().__iter__()
+
+
 def _loader(epoch: _Epoch, batches: _Batches, workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(
+    return _Loader(
         epoch,
         sampler=batches,
         batch_size=None,  # the sampler's items are batches already

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from layerprune.training import checkpoint
-from layerprune.training.assembly import Network, make_optimizer, make_schedule
+from layerprune.training.assembly import Network, make_optimizer, make_scaler, make_schedule
 from layerprune.training.recipe import Recipe
-from layerprune.training.runfolder import CheckpointError, drop_old, mark
+from layerprune.training.runfolder import EMA, CheckpointError, drop_old, mark
 
 __all__ = ["Place", "Session"]
 
@@ -30,6 +30,7 @@ class Place:
         train_seconds: wall time of the training steps, fetching the images included.
         seconds: wall time of the whole run.
         best_accuracy: of the checkpoint marked ``best``.
+        best_step: its step.
     """
 
     step: int = 0
@@ -40,10 +41,11 @@ class Place:
     train_seconds: float = 0.0
     seconds: float = 0.0
     best_accuracy: float | None = None
+    best_step: int | None = None
 
 
 class Session:
-    """Network, optimizer, schedule and place of a run.
+    """Network, average, optimizer, scaler, schedule and place of a run.
 
     Args:
         recipe: the run's settings.
@@ -59,6 +61,8 @@ class Session:
         self.network = network
         self.model = network.model
         self.pruner = network.pruner
+        self.ema = network.ema
+        self.scaler = make_scaler(recipe, device)
         self.folder = folder
         self.device = device
         self.place = Place()
@@ -84,6 +88,8 @@ class Session:
     def save(self, keep: int) -> None:
         """Writes ``checkpoint-N``, marks it as the last, and deletes old ones.
 
+        If its step is the best one, it is marked as that as well.
+
         Args:
             keep: how many of the newest stay.
         """
@@ -92,15 +98,31 @@ class Session:
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         training = {
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
             "pruner": None if self.pruner is None else self.pruner.state_dict(),
             "rng": rng,
             "place": asdict(self.place) | {"seconds": self.seconds()},
         }
         name = f"checkpoint-{self.place.step}"
-        checkpoint.save(self.folder / name, self.model.state_dict(), self.structure(), training)
+        checkpoint.save(
+            self.folder / name,
+            self.model.state_dict(),
+            self.structure(),
+            training,
+            None if self.ema is None else self.ema.module.state_dict(),
+        )
         mark(self.folder, "last", name)
+        self._mark_best()
         drop_old(self.folder, keep)
+
+    def _mark_best(self) -> None:
+        """Lets the marker say what the last checkpoint says, whenever a run was killed."""
+        step = self.place.best_step
+        if step is None or not (self.folder / f"checkpoint-{step}").is_dir():
+            (self.folder / "best").unlink(missing_ok=True)
+        else:
+            mark(self.folder, "best", f"checkpoint-{step}")
 
     def restore(self, folder: Path) -> None:
         """Goes on from a checkpoint; nothing may have been trained yet.
@@ -120,8 +142,12 @@ class Session:
                 # First the structure: it decides which weights and which parameters there are.
                 self.pruner.load_state_dict(training["pruner"])
             checkpoint.load_weights(self.model, folder)
+            if self.ema is not None:
+                checkpoint.load_weights(self.ema.module, folder, EMA)
+                self.ema.n_averaged.fill_(training["place"]["step"])
             self._attach_optimizer()
             self.optimizer.load_state_dict(training["optimizer"])
+            self.scaler.load_state_dict(training["scaler"])
             self.schedule.load_state_dict(training["schedule"])
             self.place = Place(**training["place"])
             torch.set_rng_state(training["rng"]["torch"])
@@ -133,3 +159,4 @@ class Session:
             raise CheckpointError(
                 f"{folder / checkpoint.TRAINING} is damaged or of another run: {error}"
             ) from error
+        self._mark_best()

@@ -134,6 +134,8 @@ def test_tensorboard_has_every_step_once_after_a_resume(tmp_path):
         "train/loss",
         "train/accuracy",
         "test/accuracy",
+        "test/ema_loss",
+        "test/ema_accuracy",
         "lr",
     }
     assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30, 40, 50]
