@@ -14,6 +14,7 @@ from layerprune.training import data, demo, recipe
 from layerprune.training.assembly import pick_device
 from layerprune.training.checkpoint import load_model
 from layerprune.training.evaluation import compaction_difference, evaluate
+from layerprune.training.group import FirstRankFailed
 from layerprune.training.interrupt import Interrupted
 from layerprune.training.loop import TrainingDiverged
 from layerprune.training.outcome import versions
@@ -30,7 +31,7 @@ __all__ = ["FAILURES", "MISTAKES", "Interrupted", "app"]
 
 MISTAKES = (recipe.RecipeError, data.DataError, RunFolderError, CheckpointError, OSError)
 """What the user can set right."""
-FAILURES = (TrainingDiverged,)
+FAILURES = (TrainingDiverged, FirstRankFailed)
 
 app = typer.Typer(
     no_args_is_help=True,

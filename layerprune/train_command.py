@@ -117,6 +117,8 @@ def train_command(
         device=device,
         checkpoint_hist=checkpoint_hist,
     )
+    if not summary:  # another rank has it
+        return
     if chosen.prune:
         print(
             f"accuracy {summary['accuracy']:.4f} with {summary['sections_kept']} of "

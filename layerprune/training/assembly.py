@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,13 +55,17 @@ class Network:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of this name; without one the first GPU, or the CPU where there is none.
+    """The device of this name; without one a GPU, or the CPU where there is none.
+
+    The GPU is the first one, or that of this process where torchrun started several.
 
     Raises:
         RecipeError: no such device.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
@@ -110,7 +115,7 @@ def build_network(recipe: Recipe, splits: DataSplits, device: torch.device) -> N
                 cost=recipe.cost,
                 config=recipe.pruning(),
                 seed=recipe.seed,
-                **({} if ema is None else {"ema": ema}),  # TEMPORARY
+                ema=ema,
             )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from error

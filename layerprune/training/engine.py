@@ -1,18 +1,21 @@
-"""A whole run in one process, on one device: from the recipe to the report."""
+"""A whole run, from the recipe to the report, on one device or on one for each rank."""
 
 from __future__ import annotations
 
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from layerprune.ranks import Ranks
 from layerprune.training import data
-from layerprune.training.assembly import build_network, pick_device
+from layerprune.training.assembly import Network, build_network, pick_device
+from layerprune.training.data import DataSplits
+from layerprune.training.group import check_divides, first_alone, joined
 from layerprune.training.interrupt import StopRequest
 from layerprune.training.loop import Loop
 from layerprune.training.outcome import finish
@@ -42,56 +45,70 @@ def train(
 ) -> dict[str, Any]:
     """Trains, prunes and compacts a network, and leaves everything about it in a folder.
 
+    Where torchrun started several processes, all of them call it, and rank 0 writes.
+
     Args:
         recipe: the run's settings.
         data_dir: the folder that holds the data set; not used by ``digits``.
         output: the run's folder: missing or empty, or with ``resume`` that of a run to go on with.
         resume: go on from the last checkpoint.
-        device: where to train; None for the first GPU, or the CPU where there is none.
+        device: where to train; None for a GPU, each rank its own, or the CPU where there is none.
         progress: show a progress bar, or a line an epoch where there is no terminal.
         checkpoint_hist: how many of the newest checkpoints are kept.
 
     Returns:
-        The content of ``summary.json``.
+        The content of ``summary.json``; on other ranks than 0 nothing.
 
     Raises:
-        RecipeError: the recipe does not go with the data.
+        RecipeError: the recipe does not go with the data or the number of ranks.
         DataError: the data is missing or damaged.
         RunFolderError: the folder holds another run, or with ``resume`` none.
-        CheckpointError: the checkpoint to go on from is damaged or of another model.
+        CheckpointError: the checkpoint to go on from is damaged, of another model or of another
+            number of ranks.
         TrainingDiverged: the loss is no longer finite.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        Interrupted: Ctrl-C or SIGTERM, on any rank; a checkpoint was written.
+        FirstRankFailed: rank 0 raises one of these errors.
     """
-    folder = Path(output)
-    if resume:
-        check_same(folder, recipe)
-    else:
-        check_new(folder)
-    where = pick_device(device)
-    splits = data.load(
-        recipe.dataset, data_dir, train_subset=recipe.train_subset, augment=recipe.augment
-    )
+    folder, where = Path(output), pick_device(device)
+    with ExitStack() as opened:
+        with joined(where):
+            ranks = Ranks()
+            check_divides(recipe, ranks)
+            first_alone(ranks, lambda: check_same(folder, recipe) if resume else check_new(folder))
+            splits = data.load(
+                recipe.dataset, data_dir, train_subset=recipe.train_subset, augment=recipe.augment
+            )
+            session = Session(recipe, _network(recipe, splits, where, ranks), folder, where, ranks)
+            if resume:
+                # A run that was stopped before its first checkpoint begins again.
+                last = marked(folder, "last")
+                if last is not None:
+                    session.restore(last)
+            # Absolute: the run may be resumed from another working directory.
+            place = None if data_dir is None else str(Path(data_dir).expanduser().resolve())
+            first_alone(ranks, lambda: None if resume else write_args(folder, recipe, place))
+            log = opened.enter_context(_log(session, resume))
+            with StopRequest() as stop:
+                Loop(session, splits, log, stop, progress, checkpoint_hist).run()
+            ledger = session.ledger()
+        return {} if log is None else finish(session, splits, log, ledger)
+
+
+def _network(recipe: Recipe, splits: DataSplits, device: torch.device, ranks: Ranks) -> Network:
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
-    network = build_network(recipe, splits, where)
-    session = Session(recipe, network, folder, where)
-    if resume:
-        # A run that was stopped before its first checkpoint begins again.
-        last = marked(folder, "last")
-        if last is not None:
-            session.restore(last)
-    else:
-        # Absolute: the run may be resumed from another working directory.
-        place = None if data_dir is None else str(Path(data_dir).expanduser().resolve())
-        write_args(folder, recipe, place)
-    with _log(session, resume) as log:
-        with StopRequest() as stop:
-            Loop(session, splits, log, stop, progress, checkpoint_hist).run()
-        return finish(session, splits, log)
+    network = build_network(recipe, splits, device)
+    if ranks.rank > 0:
+        # The weights are the same on all ranks; dropout masks are not to be.
+        torch.manual_seed(recipe.seed + ranks.rank)
+    return network
 
 
 @contextmanager
-def _log(session: Session, resume: bool) -> Iterator[RunLog]:
+def _log(session: Session, resume: bool) -> Iterator[RunLog | None]:
+    if session.ranks.rank > 0:
+        yield None
+        return
     names = [] if session.pruner is None else [info.name for info in session.pruner.sections]
     try:
         log = RunLog(session.folder, names, session.place.step if resume else None)

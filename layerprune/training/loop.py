@@ -1,18 +1,20 @@
-"""Epochs and steps: what is trained in them, what is shown, and what is recorded."""
+"""Epochs and steps: what is trained in them, what is recorded, and when a checkpoint is due."""
 
 from __future__ import annotations
 
 import math
 import time
 from dataclasses import dataclass
+from typing import NoReturn
 
+import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from layerprune.judge import Event
 from layerprune.training.data import DataSplits
 from layerprune.training.evaluation import evaluate
 from layerprune.training.interrupt import Interrupted, StopRequest
+from layerprune.training.progress import Progress, pruning
 from layerprune.training.runfolder import marked
 from layerprune.training.runlog import RunLog
 from layerprune.training.sampling import train_loader
@@ -35,7 +37,6 @@ class _Tally:
     """A step's loss and number of images classified correctly, on their way to the host."""
 
     step: int
-    images: int
     copy: HostCopy
 
 
@@ -45,8 +46,8 @@ class Loop:
     Args:
         session: the run's state.
         splits: the data.
-        log: where rows and decisions go.
-        stop: polled after every step.
+        log: where rows and decisions go; None on all ranks but one.
+        stop: asked after every step.
         progress: show a progress bar, or a line an epoch where there is no terminal.
         keep: how many of the newest checkpoints stay.
     """
@@ -55,29 +56,23 @@ class Loop:
         self,
         session: Session,
         splits: DataSplits,
-        log: RunLog,
+        log: RunLog | None,
         stop: StopRequest,
         progress: bool,
         keep: int,
     ) -> None:
         self.session = session
         self.recipe = session.recipe
+        self.ranks = session.ranks
         self.splits = splits
         self.log = log
         self.stop = stop
+        self.stopping = 0
         self.keep = keep
-        self.progress = progress
         self.tally: _Tally | None = None
         self.train_step = TrainStep(session)
         self.theta_every = -(-session.network.total_steps // _THETA_ROWS)
-        self.bar = tqdm(
-            total=session.network.total_steps,
-            initial=session.place.step,
-            unit="step",
-            dynamic_ncols=True,
-            # None: only where there is a terminal.
-            disable=None if progress else True,
-        )
+        self.progress = Progress(session, progress and log is not None)
 
     def run(self) -> None:
         """Trains to the last epoch's end.
@@ -86,7 +81,7 @@ class Loop:
             TrainingDiverged: the loss is no longer finite.
             Interrupted: a stop was requested; a checkpoint was written.
         """
-        with self.bar:
+        with self.progress:
             while self.session.place.epoch < self.recipe.epochs:
                 self._epoch()
 
@@ -104,6 +99,7 @@ class Loop:
             workers=recipe.workers,
             drop_last=True,
             pin_memory=session.device.type == "cuda",
+            part=(self.ranks.rank, self.ranks.count),
         )
         for images, labels in loader:
             learning_rate = session.optimizer.param_groups[0]["lr"]
@@ -112,19 +108,20 @@ class Loop:
             self._note_step(events)
             # At the epoch's end its evaluation comes first.
             if place.batch < session.network.steps_per_epoch:
-                self._save_between(self.stop.signal)
+                self._save_between()
             start = time.perf_counter()
         self._end_epoch(learning_rate)
-        if self.stop.signal and place.epoch < recipe.epochs:
-            raise Interrupted(place.step, session.folder, self.stop.signal)
+        if self.stopping and place.epoch < recipe.epochs:
+            raise Interrupted(place.step, session.folder, self.stopping)
 
-    def _save_between(self, stop: int) -> None:
+    def _save_between(self) -> None:
         """Saves within an epoch if it is time to, or if a signal asks to stop."""
-        every = self.recipe.checkpoint_steps
-        if stop or (every is not None and self.session.place.step % every == 0):
+        every, place = self.recipe.checkpoint_steps, self.session.place
+        stopping = self.stopping
+        if stopping or (every is not None and place.step % every == 0):
             self._save()
-        if stop:
-            raise Interrupted(self.session.place.step, self.session.folder, stop)
+        if stopping:
+            raise Interrupted(place.step, self.session.folder, stopping)
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Event, ...]:
         """One training step; returns the pruner's decisions."""
@@ -137,23 +134,25 @@ class Loop:
         self._tally()
         place.step += 1
         place.batch += 1
-        copy = HostCopy([outcome.loss, outcome.correct])
-        self.tally = _Tally(place.step, outcome.images, copy)
+        self.tally = _Tally(place.step, HostCopy([outcome.loss, outcome.correct]))
         return outcome.events
 
     def _tally(self) -> None:
-        """Counts what came of the last step that is not counted yet."""
-        place, tally = self.session.place, self.tally
+        """Counts what came of the last step on all ranks, and hears whether one is to stop."""
+        tally, self.tally = self.tally, None
+        mine = [0.0, 0.0] if tally is None else [float(number) for number in tally.copy.get()]
+        told = self.ranks.gather(torch.tensor([self.stop.signal, *mine], dtype=torch.float64))
+        signals, losses, correct = told.unbind(1)
+        self.stopping = int(signals.max())
         if tally is None:
             return
-        self.tally = None
-        loss, correct = (float(number) for number in tally.copy.get())
+        loss, place = float(losses.mean()), self.session.place
         if not math.isfinite(loss):
             self._diverged(f"the loss is {loss} in step {tally.step}")
-        place.loss_sum += loss * tally.images
-        place.correct += int(correct)
+        place.loss_sum += loss * self.recipe.step_rows
+        place.correct += int(correct.sum())
 
-    def _diverged(self, what: str) -> None:
+    def _diverged(self, what: str) -> NoReturn:
         last = marked(self.session.folder, "last")
         good = (
             "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
@@ -164,85 +163,58 @@ class Loop:
 
     def _note_step(self, events: tuple[Event, ...]) -> None:
         session, place = self.session, self.session.place
-        if session.pruner is not None:
+        if session.pruner is not None and self.log is not None:
             if place.step % self.theta_every == 0:
                 self.log.log_theta(place.step, [info.theta for info in session.pruner.sections])
             self.log.log_events(events)
-        if not self.bar.disable:
-            self.bar.set_postfix(self._shown(), refresh=False)
-            self.bar.update()
-
-    def _shown(self) -> dict[str, str]:
-        """Loss and accuracy of the epoch so far, and how far pruning is."""
-        place = self.session.place
-        seen = (place.batch - (self.tally is not None)) * self.recipe.step_rows
-        shown = {}
-        if seen:
-            shown = {"loss": f"{place.loss_sum / seen:.3f}", "acc": f"{place.correct / seen:.3f}"}
-        alive, theta, spent = self._pruning()
-        if theta is not None:
-            total = len(self.session.pruner.sections)
-            shown |= {"sections": f"{alive}/{total}", "theta": f"{theta:.2f}"}
-            shown |= {"FLOPs saved": f"{100 * (1 - spent):.0f}%"}
-        return shown
-
-    def _pruning(self) -> tuple[int | None, float | None, float]:
-        """Sections alive, mean theta over all sections, and training FLOPs as share of dense."""
-        pruner = self.session.pruner
-        if pruner is None:
-            return None, None, 1.0
-        infos = pruner.sections
-        alive = sum(info.status != "eliminated" for info in infos)
-        return alive, sum(info.theta for info in infos) / len(infos), pruner.ledger.fraction
+        self.progress.step((place.batch - (self.tally is not None)) * self.recipe.step_rows)
 
     def _end_epoch(self, learning_rate: float) -> None:
         session, place = self.session, self.session.place
         self._tally()
         loss, accuracy = self._evaluate(session.model)
         ema_loss, ema_accuracy = self._evaluate(session.ema)
-        alive, theta, spent = self._pruning()
-        shown = self._shown()
+        alive, theta = pruning(session)
+        spent = session.ledger().fraction
         seen = place.batch * self.recipe.step_rows
-        row = {
-            "epoch": place.epoch + 1,
-            "step": place.step,
-            "lr": learning_rate,
-            "train_loss": place.loss_sum / seen,
-            "train_accuracy": place.correct / seen,
-            "test_loss": loss,
-            "test_accuracy": accuracy,
-            "ema_loss": ema_loss,
-            "ema_accuracy": ema_accuracy,
-            "sections_alive": alive,
-            "mean_theta": theta,
-            "train_flops_fraction": spent,
-            "seconds": session.seconds(),
-        }
-        self.log.log_epoch(row)
+        if self.log is not None:
+            self.log.log_epoch(
+                {
+                    "epoch": place.epoch + 1,
+                    "step": place.step,
+                    "lr": learning_rate,
+                    "train_loss": place.loss_sum / seen,
+                    "train_accuracy": place.correct / seen,
+                    "test_loss": loss,
+                    "test_accuracy": accuracy,
+                    "ema_loss": ema_loss,
+                    "ema_accuracy": ema_accuracy,
+                    "sections_alive": alive,
+                    "mean_theta": theta,
+                    "train_flops_fraction": spent,
+                    "seconds": session.seconds(),
+                }
+            )
+        self.progress.epoch(seen, accuracy)
         place.epoch += 1
         place.batch, place.loss_sum, place.correct = 0, 0.0, 0
         # While sections still come and go, the best network is not one that the run ends with.
         settled = session.pruner is None or session.pruner.phase == "cool-down"
-        best = settled and (place.best_accuracy is None or accuracy > place.best_accuracy)
-        if best:
+        if settled and (place.best_accuracy is None or accuracy > place.best_accuracy):
             place.best_accuracy, place.best_step = accuracy, place.step
         self._save()
-        if self.progress and self.bar.disable:
-            words = "  ".join(f"{key} {value}" for key, value in shown.items())
-            print(
-                f"epoch {place.epoch}/{self.recipe.epochs}  {words}  test {accuracy:.4f}",
-                flush=True,
-            )
 
     def _evaluate(self, model: nn.Module | None) -> tuple[float | None, float | None]:
         """Loss and accuracy; None of no model."""
         if model is None:
             return None, None
-        return evaluate(model, self.splits, self.session.device, self.recipe.workers)
+        workers = self.recipe.workers
+        return evaluate(model, self.splits, self.session.device, workers, self.ranks)
 
     def _save(self) -> None:
         self._tally()
-        self.log.flush()
+        if self.log is not None:
+            self.log.flush()
         try:
             self.session.save(self.keep)
         except FloatingPointError as error:  # nobody has looked at the last step's gradients yet

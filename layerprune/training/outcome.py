@@ -34,10 +34,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def finish(session: Session, splits: DataSplits, log: RunLog) -> dict[str, Any]:
+def finish(session: Session, splits: DataSplits, log: RunLog, ledger: Ledger) -> dict[str, Any]:
     """Compacts the trained network, writes it to ``model/``, checks it, and sums the run up.
 
     The weights' average, where there is one, goes to ``model-ema/``.
+
+    Args:
+        session: of rank 0, at the run's end.
+        splits: the data.
+        log: where the summary goes.
+        ledger: what all ranks have spent; of no use for a dense run.
 
     Returns:
         The content of ``summary.json``.
@@ -58,13 +64,13 @@ def finish(session: Session, splits: DataSplits, log: RunLog) -> dict[str, Any]:
         difference = compaction_difference(
             model.to(session.device), structure, splits, session.device, session.recipe.workers
         )
-    summary = _summary(session, structure) | {"verify_max_abs_difference": difference}
+    summary = _summary(session, structure, ledger) | {"verify_max_abs_difference": difference}
     log.write_summary(summary | {"finished": True})
     write_report(session.folder)
     return summary | {"finished": True}
 
 
-def _summary(session: Session, structure: dict[str, Any]) -> dict[str, Any]:
+def _summary(session: Session, structure: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
     recipe, network = session.recipe, session.network
     record = read_run(session.folder)
     if not record.epochs:
@@ -87,7 +93,7 @@ def _summary(session: Session, structure: dict[str, Any]) -> dict[str, Any]:
         for section in find_sections(dense, example)
     ]
     if session.pruner is not None:
-        ledger, schedule = session.pruner.ledger, session.pruner.schedule
+        schedule = session.pruner.schedule
         phases = {"warm_up_end": schedule.warm_up_end, "learning_end": schedule.learning_end}
     else:
         images = (1 + BACKWARD) * recipe.step_rows * network.total_steps

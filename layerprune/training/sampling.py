@@ -33,20 +33,41 @@ class _Epoch(Dataset):
 
 
 class _Batches(Sampler):
-    """Cuts an order of indices into batches, beginning with batch ``start``."""
+    """Cuts an order of indices into batches.
 
-    def __init__(self, order: list[int], size: int, *, start: int, drop_last: bool) -> None:
+    Args:
+        order: the indices.
+        size: of a batch.
+        start: the first batch given.
+        every: how many batches further the next one is.
+        drop_last: leave out a last batch that is smaller than the others.
+        part: (n, of): the n-th of so many equal parts of each batch.
+    """
+
+    def __init__(
+        self,
+        order: list[int],
+        size: int,
+        *,
+        start: int = 0,
+        every: int = 1,
+        drop_last: bool = False,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
         self.order = order
         self.size = size
-        self.start = start
+        self.part = part
         self.stop = len(order) // size if drop_last else -(-len(order) // size)
+        self.batches = range(start, self.stop, every)
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self.start, self.stop):
-            yield self.order[batch * self.size : (batch + 1) * self.size]
+        number, parts = self.part
+        for batch in self.batches:
+            rows = self.order[batch * self.size : (batch + 1) * self.size]
+            yield rows[len(rows) * number // parts : len(rows) * (number + 1) // parts]
 
 
 class _Loader(DataLoader):
@@ -87,6 +108,7 @@ def train_loader(
     workers: int = 0,
     drop_last: bool = False,
     pin_memory: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> DataLoader:
     """One epoch of shuffled, augmented training batches.
 
@@ -100,6 +122,8 @@ def train_loader(
         workers: Processes that fetch; 0 fetches in the calling process. Changes no batch.
         drop_last: Leave out a last batch that is smaller than the others.
         pin_memory: Copy batches into pinned memory, for transfers to a GPU.
+        part: (n, of): give the n-th, from 0, of so many contiguous parts of each batch, as equal
+            as can be.
 
     Returns:
         A loader of float32 images ``[B, C, H, W]`` and int64 labels ``[B]``; its ``len`` is the
@@ -112,7 +136,7 @@ def train_loader(
     count = len(splits.train)
     generator = torch.Generator().manual_seed(derived_seed(seed, epoch, Stream.ORDER))
     order = torch.randperm(count, generator=generator).tolist()
-    batches = _Batches(order, batch_size, start=start_batch, drop_last=drop_last)
+    batches = _Batches(order, batch_size, start=start_batch, drop_last=drop_last, part=part)
     if batches.stop == 0:
         raise ValueError(
             f"batch_size {batch_size} with drop_last leaves no batch of the {count} training "
@@ -128,7 +152,12 @@ def train_loader(
 
 
 def test_loader(
-    splits: DataSplits, batch_size: int, workers: int = 0, pin_memory: bool = False
+    splits: DataSplits,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    start: int = 0,
+    every: int = 1,
 ) -> DataLoader:
     """The test images once, in their own order, without augmentation.
 
@@ -137,6 +166,8 @@ def test_loader(
         batch_size: Images per batch; the last one may be smaller.
         workers: Processes that fetch; 0 fetches in the calling process.
         pin_memory: Copy batches into pinned memory, for transfers to a GPU.
+        start: The first batch to give.
+        every: Give each so many-th batch from there on.
 
     Returns:
         A loader of float32 images ``[B, C, H, W]`` and int64 labels ``[B]``.
@@ -146,5 +177,5 @@ def test_loader(
     """
     _check(batch_size=(batch_size, 1), workers=(workers, 0))
     order = list(range(len(splits.test)))
-    batches = _Batches(order, batch_size, start=0, drop_last=False)
+    batches = _Batches(order, batch_size, start=start, every=every)
     return _loader(_Epoch(splits.test, None), batches, workers, pin_memory)

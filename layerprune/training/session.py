@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from layerprune.ledger import Ledger
+from layerprune.ranks import Ranks
 from layerprune.training import checkpoint
 from layerprune.training.assembly import Network, make_optimizer, make_scaler, make_schedule
 from layerprune.training.recipe import Recipe
@@ -52,10 +55,16 @@ class Session:
         network: the dense network, freshly built.
         folder: the run's folder.
         device: where the network is.
+        ranks: the processes that train it, each with a session of its own; rank 0 writes.
     """
 
     def __init__(
-        self, recipe: Recipe, network: Network, folder: Path, device: torch.device
+        self,
+        recipe: Recipe,
+        network: Network,
+        folder: Path,
+        device: torch.device,
+        ranks: Ranks,
     ) -> None:
         self.recipe = recipe
         self.network = network
@@ -65,6 +74,7 @@ class Session:
         self.scaler = make_scaler(recipe, device)
         self.folder = folder
         self.device = device
+        self.ranks = ranks
         self.place = Place()
         self._started = time.perf_counter()
         self._attach_optimizer()
@@ -88,22 +98,24 @@ class Session:
     def save(self, keep: int) -> None:
         """Writes ``checkpoint-N``, marks it as the last, and deletes old ones.
 
-        If its step is the best one, it is marked as that as well.
+        All ranks call it together, and rank 0 writes. If its step is the best one, it is marked as
+        that as well.
 
         Args:
             keep: how many of the newest stay.
         """
-        rng = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        ledgers = self._ledgers()
         training = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
             "pruner": None if self.pruner is None else self.pruner.state_dict(),
-            "rng": rng,
+            "ledgers": [asdict(ledger) for ledger in ledgers],
+            "rng": self._random_states(),
             "place": asdict(self.place) | {"seconds": self.seconds()},
         }
+        if self.ranks.rank > 0:
+            return
         name = f"checkpoint-{self.place.step}"
         checkpoint.save(
             self.folder / name,
@@ -115,6 +127,26 @@ class Session:
         mark(self.folder, "last", name)
         self._mark_best()
         drop_old(self.folder, keep)
+
+    def ledger(self) -> Ledger:
+        """What all ranks have spent together; times are rank 0's. They call it together."""
+        first, *others = self._ledgers()
+        flops = ("train_flops", "dense_train_flops", "test_flops")
+        sums = {name: sum(getattr(x, name) for x in (first, *others)) for name in flops}
+        return replace(first, **sums)
+
+    def _ledgers(self) -> list[Ledger]:
+        """What each rank has spent; they call it together."""
+        mine = Ledger() if self.pruner is None else self.pruner.ledger
+        told = self.ranks.gather(torch.tensor(list(asdict(mine).values()), dtype=torch.float64))
+        return [Ledger(*numbers) for numbers in told.tolist()]
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """The state of each rank's generators, by kind; they call it together."""
+        states = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {kind: self.ranks.gather(state) for kind, state in states.items()}
 
     def _mark_best(self) -> None:
         """Lets the marker say what the last checkpoint says, whenever a run was killed."""
@@ -138,9 +170,16 @@ class Session:
             )
         training = checkpoint.read_training(folder)
         try:
+            saved, here = len(training["ledgers"]), self.ranks.count
+            if saved != here:
+                raise CheckpointError(
+                    f"{folder} is of a run of {saved} ranks and cannot go on with {here}: start "
+                    f"as many as it began with (torchrun --nproc-per-node)"
+                )
             if self.pruner is not None:
                 # First the structure: it decides which weights and which parameters there are.
-                self.pruner.load_state_dict(training["pruner"])
+                ledger = training["ledgers"][self.ranks.rank]
+                self.pruner.load_state_dict(training["pruner"] | {"ledger": ledger})
             checkpoint.load_weights(self.model, folder)
             if self.ema is not None:
                 checkpoint.load_weights(self.ema.module, folder, EMA)
@@ -150,13 +189,15 @@ class Session:
             self.scaler.load_state_dict(training["scaler"])
             self.schedule.load_state_dict(training["schedule"])
             self.place = Place(**training["place"])
-            torch.set_rng_state(training["rng"]["torch"])
-            if self.device.type == "cuda" and "cuda" in training["rng"]:
-                torch.cuda.set_rng_state(training["rng"]["cuda"], self.device)
+            mine = {kind: states[self.ranks.rank] for kind, states in training["rng"].items()}
+            torch.set_rng_state(mine["torch"])
+            if self.device.type == "cuda" and "cuda" in mine:
+                torch.cuda.set_rng_state(mine["cuda"], self.device)
         except CheckpointError:
             raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / checkpoint.TRAINING} is damaged or of another run: {error}"
             ) from error
-        self._mark_best()
+        if self.ranks.rank == 0:
+            self._mark_best()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from layerprune.judge import Event
 from layerprune.training.assembly import precision
@@ -19,15 +21,13 @@ class StepOutcome:
     """What came of a step.
 
     Attributes:
-        loss: scalar on the device, mean over the step's images.
-        correct: scalar on the device, images classified correctly.
-        images: number of images.
+        loss: scalar on the device, mean over this rank's images of the step.
+        correct: scalar on the device, images of these classified correctly.
         events: the pruner's decisions.
     """
 
     loss: Tensor
     correct: Tensor
-    images: int
     events: tuple[Event, ...]
 
 
@@ -41,11 +41,16 @@ class TrainStep:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.recipe = session.recipe
-        self.forward = torch.compile(session.model) if self.recipe.compile else session.model
+        self.forward = session.model
+        if session.ranks.count > 1:
+            devices = [session.device] if session.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(session.model, device_ids=devices)
+        if self.recipe.compile:
+            self.forward = torch.compile(self.forward)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=self.recipe.smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor) -> StepOutcome:
-        """Trains on the images of one step.
+        """Trains on this rank's images of one step.
 
         Args:
             images: float32 ``[B, C, H, W]`` on the host.
@@ -56,8 +61,10 @@ class TrainStep:
         """
         session, forwards = self.session, self.recipe.grad_accum_steps
         losses, correct = [], []
-        for some, theirs in zip(images.chunk(forwards), labels.chunk(forwards), strict=True):
-            loss, right = self._forward_backward(some, theirs)
+        parts = list(zip(images.chunk(forwards), labels.chunk(forwards), strict=True))
+        for number, part in enumerate(parts, 1):
+            with self._reducing(number == forwards):
+                loss, right = self._forward_backward(*part)
             losses.append(loss)
             correct.append(right)
         optimizer, scaler = session.optimizer, session.scaler
@@ -67,13 +74,22 @@ class TrainStep:
         scaler.step(optimizer)
         events = ()
         if session.pruner is not None:
-            events = session.pruner.step(optimizer, scaler, forwards).events
+            report = session.pruner.step(optimizer, scaler, forwards)
+            events = report.events
+            if report.changed and session.ranks.count > 1:
+                session.pruner.rewrap(self.forward)
         scaler.update()
         optimizer.zero_grad()
         if session.ema is not None:
             session.ema.update_parameters(session.model)
         session.schedule.step()
-        return StepOutcome(sum(losses) / forwards, sum(correct), len(labels), events)
+        return StepOutcome(sum(losses) / forwards, sum(correct), events)
+
+    def _reducing(self, last: bool) -> AbstractContextManager[None]:
+        """Lets ranks exchange a step's gradients once, in its last backward."""
+        if last or self.session.ranks.count == 1:
+            return nullcontext()
+        return self.forward.no_sync()
 
     def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Adds a part of the step to the gradients; returns its loss and what it got right."""
