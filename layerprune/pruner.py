@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
 
 from layerprune import ops
 from layerprune.agreement import Agreement, digest
@@ -127,6 +130,8 @@ class LayerPruner:
         )
         self._agreement = Agreement(self._run, self._ranks)
         self._optimizer: torch.optim.Optimizer | None = None
+        # On one rank a branch that no row needs does not run.
+        self._step_hook = self._hook_steps() if self._ranks.count > 1 else None
         self._learner = ThetaLearner(self._run)
         for alike in self._alike():
             for section, gate in zip(alike, self._run.bank.gates, strict=True):
@@ -354,6 +359,8 @@ class LayerPruner:
     def close(self) -> None:
         """Takes the hooks off the model and opens the gates in training mode."""
         self._forwards.close()
+        if self._step_hook is not None:
+            self._step_hook.remove()
 
     def structure(self) -> dict:
         """The sections and what became of them, as JSON would have it."""
@@ -445,6 +452,22 @@ class LayerPruner:
             run.bank.theta[index] = 0.0
         self._remove(gone, optimizer)
         self._learner.weaken()
+
+    def _hook_steps(self) -> RemovableHandle:
+        """Hooks the steps of all optimizers: in a resumed run the first is of one not seen yet."""
+        found = weakref.WeakMethod(self._drop_idle_gradients)
+
+        def hook(*_: object) -> None:
+            if (drop := found()) is not None:
+                drop()
+
+        return register_optimizer_step_pre_hook(hook)
+
+    def _drop_idle_gradients(self) -> None:
+        """What no row of any rank needed is not trained, as on one rank, where it did not run."""
+        for index in self._run.bank.idle or ():
+            for parameter in self._run.sections[index].branch_parameters():
+                parameter.grad = None
 
     def _alike(self) -> list[list[Section]]:
         """The sections of the model, and those of its average."""
