@@ -18,14 +18,16 @@ __all__ = [
     "eliminate_sections",
     "find_sections",
     "load",
+    "restore",
+    "save",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> object:
     # The training program has dependencies that the core does without.
-    if name == "load":
-        from layerprune.training import load
+    if name in ("load", "restore", "save"):
+        from layerprune import training
 
-        return load
+        return getattr(training, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

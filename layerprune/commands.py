@@ -13,8 +13,9 @@ from layerprune.train_command import DataDir, Device, train_command
 from layerprune.training import data, demo, recipe
 from layerprune.training.assembly import pick_device
 from layerprune.training.checkpoint import load_model
-from layerprune.training.evaluation import compaction_difference, evaluate
+from layerprune.training.evaluation import evaluate
 from layerprune.training.group import FirstRankFailed
+from layerprune.training.inspection import checked, data_of, imported
 from layerprune.training.interrupt import Interrupted
 from layerprune.training.loop import TrainingDiverged
 from layerprune.training.outcome import versions
@@ -22,9 +23,7 @@ from layerprune.training.report import write_report
 from layerprune.training.runfolder import (
     CheckpointError,
     RunFolderError,
-    holds_run,
     locate,
-    read_args,
 )
 
 __all__ = ["FAILURES", "MISTAKES", "Interrupted", "app"]
@@ -50,22 +49,38 @@ def eval_command(
     device: Device = None,
 ) -> None:
     """Measure a network on the test images."""
-    model, structure, splits, where = _opened(path, data_dir, device)
-    loss, accuracy = evaluate(model, splits, where)
+    folder = locate(path)
+    model, structure = load_model(folder)
+    splits = data_of(folder, structure, data_dir)
+    where = pick_device(device)
+    loss, accuracy = evaluate(model.to(where), splits, where)
     print(f"accuracy {accuracy:.4f}  loss {loss:.4f}  ({len(splits.test)} images)")
 
 
 @app.command("verify")
 def verify_command(
-    path: Annotated[Path, typer.Argument(metavar="RUN")],
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_RUN")],
     data_dir: DataDir = None,
     device: Device = None,
+    builder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Returns the dense network; for a checkpoint that names no builder.",
+        ),
+    ] = None,
 ) -> None:
     """Compare a compacted network with the gated one, output for output."""
-    model, structure, splits, where = _opened(path, data_dir, device)
-    difference = compaction_difference(model, structure, splits, where)
-    print(f"largest difference over {len(splits.test)} test images: {difference:g}")
-    if difference != 0:
+    found = checked(
+        path,
+        data_dir,
+        pick_device(device),
+        None if builder is None else imported(builder),
+    )
+    if found.without_data:
+        print(f"{found.without_data}: random inputs of the stored shapes instead")
+    print(f"largest difference over {found.inputs}: {found.difference:g}")
+    if found.difference != 0:
         raise typer.Exit(1)
 
 
@@ -109,21 +124,3 @@ def demo_command(
     result = demo.run(chosen, data_dir, output, device=device)
     print(f"\n{result.table}\n")
     print(f"report: {result.report}")
-
-
-def _opened(path: Path, data_dir: Path | None, device: str | None) -> tuple:
-    """Model, structure, data and device of a checkpoint; the data's place as the run had it."""
-    folder = locate(path)
-    model, structure = load_model(folder)
-    if data_dir is None and holds_run(folder.parent):
-        data_dir = read_args(folder.parent)[1]
-    splits = data.load(structure["dataset"], data_dir)
-    where = pick_device(device)
-    kwargs = structure["builder"]["kwargs"]
-    for key in ("num_classes", "in_channels", "image_size"):
-        if kwargs[key] != getattr(splits, key):
-            raise CheckpointError(
-                f"{folder} was trained on data with {key} {kwargs[key]}, {structure['dataset']} in "
-                f"{data_dir} has {getattr(splits, key)}: give another --data-dir"
-            )
-    return model.to(where), structure, splits, where

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from layerprune.training import recipe
 from layerprune.training.engine import train
 from layerprune.training.runfolder import read_args
+from layerprune.training.untrusted import parsed_yaml
 
 __all__ = ["DataDir", "Device", "train_command"]
 
@@ -138,7 +138,7 @@ def _assignments(settings: list[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise recipe.RecipeError(f"--set takes KEY=VALUE, got {setting!r}")
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            values[key.strip()] = parsed_yaml(text)
+        except ValueError as error:
             raise recipe.RecipeError(f"--set {setting!r}: the value is no YAML") from error
     return values

@@ -25,6 +25,7 @@ from layerprune.training.runfolder import (
     check_new,
     check_same,
     marked,
+    recover,
     write_args,
 )
 from layerprune.training.runlog import RunLog
@@ -74,7 +75,7 @@ def train(
         with joined(where):
             ranks = Ranks()
             check_divides(recipe, ranks)
-            first_alone(ranks, lambda: check_same(folder, recipe) if resume else check_new(folder))
+            first_alone(ranks, lambda: _prepare(folder, recipe, resume))
             splits = data.load(
                 recipe.dataset, data_dir, train_subset=recipe.train_subset, augment=recipe.augment
             )
@@ -92,6 +93,15 @@ def train(
                 Loop(session, splits, log, stop, progress, checkpoint_hist).run()
             ledger = session.ledger()
         return {} if log is None else finish(session, splits, log, ledger)
+
+
+def _prepare(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuses a folder that does not go with the run, and puts in order what a kill has left."""
+    if resume:
+        check_same(folder, recipe)
+        recover(folder)
+    else:
+        check_new(folder)
 
 
 def _network(recipe: Recipe, splits: DataSplits, device: torch.device, ranks: Ranks) -> Network:

@@ -93,7 +93,9 @@ class Session:
         found = {"eliminated": list(self.recipe.without), "sections": []}
         if self.pruner is not None:
             found = self.pruner.structure()
-        return checkpoint.structure_of(self.network.builder, self.recipe.dataset, **found)
+        builder = self.network.builder
+        example = checkpoint.example_inputs(builder["kwargs"])
+        return checkpoint.structure_of(builder, self.recipe.dataset, example, **found)
 
     def save(self, keep: int) -> None:
         """Writes ``checkpoint-N``, marks it as the last, and deletes old ones.
@@ -182,7 +184,7 @@ class Session:
                 self.pruner.load_state_dict(training["pruner"] | {"ledger": ledger})
             checkpoint.load_weights(self.model, folder)
             if self.ema is not None:
-                checkpoint.load_weights(self.ema.module, folder, EMA)
+                checkpoint.load_weights(self.ema.module, folder, name=EMA)
                 self.ema.n_averaged.fill_(training["place"]["step"])
             self._attach_optimizer()
             self.optimizer.load_state_dict(training["optimizer"])
