@@ -1,22 +1,17 @@
 """A resumed run equals the uninterrupted one bit for bit, wherever it was stopped."""
 
-import csv
 import json
 import shutil
 import signal
 from dataclasses import replace
 
 import pytest
-import torch
-from torch.utils._pytree import tree_flatten_with_path
+from runs import assert_same_runs
 
 from layerprune.training import loop
-from layerprune.training.checkpoint import read_training, read_weights
 from layerprune.training.engine import train
 from layerprune.training.interrupt import Interrupted
 from layerprune.training.records import read_run
-
-TIMES = {"seconds", "train_seconds", "draw_seconds", "step_seconds", "test_seconds", "overhead"}
 
 
 @pytest.fixture(scope="module")
@@ -44,34 +39,6 @@ def stopped_at(monkeypatch, step):
         return original(self, *batch)
 
     monkeypatch.setattr(loop.Loop, "_step", interrupted)
-
-
-def assert_same_runs(one, other):
-    for name in ("events.jsonl", "theta.csv", "args.yaml"):
-        if (one / name).exists() or (other / name).exists():
-            assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    tables = []
-    for run in (one, other):
-        with open(run / "summary.csv") as file:
-            tables.append([{**row, "seconds": None} for row in csv.DictReader(file)])
-    assert tables[0] == tables[1]
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
-    first, second = ({k: v for k, v in s.items() if k not in TIMES} for s in summaries)
-    assert first == second
-    for folder in ("model", (one / "last").read_text().strip()):
-        weights = [read_weights(run / folder) for run in (one, other)]
-        assert weights[0].keys() == weights[1].keys()
-        for name in weights[0]:
-            assert torch.equal(weights[0][name], weights[1][name]), name
-    last = (one / "last").read_text().strip()
-    leaves = [tree_flatten_with_path(read_training(run / last))[0] for run in (one, other)]
-    assert [path for path, _ in leaves[0]] == [path for path, _ in leaves[1]]
-    for (path, a), (_, b) in zip(*leaves, strict=True):
-        if str(path[-1]).strip("'[].").strip("'") in TIMES:
-            continue
-        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        # NaN stands for a variance that is not known.
-        assert same or a != a and b != b, path
 
 
 def resumed(recipe, folder):
