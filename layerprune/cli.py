@@ -6,6 +6,7 @@ The commands are in `layerprune.commands`, which needs the extra ``train``.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -48,7 +49,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.Abort:
         return _complain("stopped", 130)
     except Interrupted as stopped:
-        return _complain(str(stopped), stopped.exit_code)
+        # All ranks stop together: one of them says so.
+        first = os.environ.get("RANK", "0") == "0"
+        return _complain(str(stopped) if first else "", stopped.exit_code)
     except MISTAKES as error:
         return _complain(str(error), 2)
     except FAILURES as error:

@@ -191,7 +191,10 @@ class Session:
             self.scaler.load_state_dict(training["scaler"])
             self.schedule.load_state_dict(training["schedule"])
             self.place = Place(**training["place"])
-            mine = {kind: states[self.ranks.rank] for kind, states in training["rng"].items()}
+            # Copies: torch takes no part of a tensor for a generator's state.
+            mine = {
+                kind: states[self.ranks.rank].clone() for kind, states in training["rng"].items()
+            }
             torch.set_rng_state(mine["torch"])
             if self.device.type == "cuda" and "cuda" in mine:
                 torch.cuda.set_rng_state(mine["cuda"], self.device)
