@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from processes import start
 from runs import assert_same_runs
 
@@ -44,25 +46,32 @@ VARIANTS = (
 )
 
 
-def go_on(folder, variant, call=None):
-    """Begins or resumes the run; killed before the given file-system call, if there are as many."""
+# Calls during which a run is killed, and the range of how many of them it makes before.
+CALLS = (
+    ({"save", "save_file"}, (1, 12)),
+    ({"replace", "fsync", "rmtree"}, (1, 100)),
+    ({"replace", "rmtree"}, (1, 40)),
+)
+
+
+def go_on(folder, variant, calls=(), last=0):
+    """Begins or resumes the run; it is killed in the last of so many of the calls."""
     settings = recipe.from_mapping({"name": "tiny"} | SETTINGS | VARIANTS[variant], "tiny")
-    if call is not None:
-        _die_before(call)
+    _die_in(calls, last)
     folder = Path(folder)
     train(settings, None, folder, resume=holds_run(folder), device="cpu", progress=False)
 
 
-def _die_before(last):
-    calls = 0
+def _die_in(calls, last):
+    made = 0
 
     def counted(module, name, half=None):
         original = getattr(module, name)
 
         def call(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == last:
+            nonlocal made
+            made += name in calls
+            if made == last and name in calls:
                 if half is not None:
                     half(original, *args, **kwargs)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -70,11 +79,8 @@ def _die_before(last):
 
         setattr(module, name, call)
 
-    import safetensors.torch
-    import torch
-
-    for name in ("replace", "fsync"):
-        counted(os, name)
+    counted(os, "replace")
+    counted(os, "fsync")
     counted(torch, "save", _half_a_file)
     counted(safetensors.torch, "save_file", _half_a_file)
     counted(shutil, "rmtree", _half_a_folder)
@@ -114,10 +120,10 @@ def test_twenty_kills(tmp_path):
         variant = finished % len(VARIANTS)
         run = tmp_path / f"run{finished}"
         while True:
-            at_a_time = kills % 4 == 3
-            call = None if at_a_time or kills >= KILLS else chance.randrange(1, 150)
-            process = start(go_on, str(run), variant, call)
-            if at_a_time and kills < KILLS:
+            how = None if kills >= KILLS else kills % 4
+            calls, bounds = CALLS[how] if how in range(len(CALLS)) else ((), (0, 0))
+            process = start(go_on, str(run), variant, calls, chance.randint(*bounds))
+            if how == len(CALLS):
                 process.join(chance.uniform(0, seconds[variant]))
                 process.kill()
             code = ended(process)
