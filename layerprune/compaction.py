@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuses an optimizer that compaction could not serve.
 
     Raises:
-        TypeError: for LBFGS and SparseAdam, and for what is no optimizer.
+        TypeError: for LBFGS and SparseAdam, for those of ``torch.distributed``, for one that wraps
+            another and keeps groups or state of its own, and for what is no optimizer.
         ValueError: if the optimizer holds none of the model's parameters.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -43,6 +45,20 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__} keeps state that cannot be split by parameter; "
             "use SGD, Adam, AdamW or another optimizer of torch.optim"
         )
+    if any(kind.__module__.startswith("torch.distributed.") for kind in type(optimizer).__mro__):
+        raise TypeError(
+            f"{type(optimizer).__name__} spreads its state over ranks or averages by itself, which "
+            "compaction does not reach: use an optimizer of torch.optim on every rank"
+        )
+    for inner in tree_leaves(vars(optimizer)):
+        if isinstance(inner, torch.optim.Optimizer) and not (
+            inner.state is optimizer.state and inner.param_groups is optimizer.param_groups
+        ):
+            raise TypeError(
+                f"{type(optimizer).__name__} wraps {type(inner).__name__} and keeps parameter "
+                "groups or state apart from it, which compaction does not reach: use "
+                f"{type(inner).__name__} itself"
+            )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, model.parameters())):
         raise ValueError(
@@ -62,14 +78,9 @@ def remove_sections(
     Args:
         model: the model, changed in place.
         sections: sections of that model, gated or not.
-        optimizer: the optimizer to shrink along.
-
-    Raises:
-        TypeError: if the optimizer is of a kind that cannot be shrunk.
-        ValueError: if the optimizer holds none of the model's parameters.
+        optimizer: the optimizer to shrink along, one that `check_optimizer` accepts; it may hold
+            none of the parameters any more.
     """
-    if optimizer is not None:
-        check_optimizer(model, optimizer)
     before = {id(p) for p in model.parameters()}
     for section in sections:
         module = section.module
@@ -84,12 +95,7 @@ def remove_sections(
             path, _, key = place.rpartition(".")
             setattr(model.get_submodule(path), key, remainder)
     if optimizer is not None:
-        gone = before - {id(p) for p in model.parameters()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in gone:
-                    optimizer.state.pop(parameter, None)
-            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+        _forget(optimizer, before - {id(p) for p in model.parameters()})
 
 
 def eliminate_sections(model: nn.Module, names: Iterable[str], example_inputs: Inputs) -> nn.Module:
@@ -183,6 +189,19 @@ def verify(gated: nn.Module, compacted: nn.Module, batches: Iterable[Inputs]) ->
     if not compared:
         raise ValueError("batches is empty: give at least one batch of inputs")
     return worst
+
+
+def _forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
+    """Takes parameters, given by their ids, out of an optimizer's groups and its state."""
+    for group in optimizer.param_groups:
+        stays = [id(parameter) not in gone for parameter in group["params"]]
+        for parameter, stay in zip(group["params"], stays, strict=True):
+            if not stay:
+                optimizer.state.pop(parameter, None)
+        # Groups made from `named_parameters()` list the names alongside.
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = compress(group[key], stays)
 
 
 def _named(sections: dict[str, Section], name: str) -> Section:
