@@ -132,7 +132,7 @@ def _equal(found, expected):
     return found == expected
 
 
-@pytest.mark.parametrize("name, options, device", _variants())
+@pytest.mark.parametrize("name, options, device", list(_variants()))
 def test_survivors_go_on_bit_for_bit(name, options, device):
     """Against one that never lost a parameter, and against one made anew and loaded."""
     options = OPTIONS.get(name, {}) | options
