@@ -63,8 +63,8 @@ class LayerPruner:
         sections: the sections to gate; ``None`` for all that `find_sections` finds.
         ignored: modules, types or name patterns that `find_sections` leaves out.
         loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over the batch's rows.
-        ema: an average of this model, which is compacted along, and whose sections are open in
-            evaluation where the model's are.
+        ema: an average of this model, which is compacted along, and whose sections are open where
+            the model's are in evaluation.
         seed: key of the gates' random stream.
 
     Raises:
@@ -108,7 +108,7 @@ class LayerPruner:
                     f"section {section.name!r} already has a pruner: call its strip() first"
                 )
         names = [section.name for section in found]
-        self._averaged = _averaged(ema, found)
+        self._averaged = _averaged(ema, model, found)
         flops = forward_flops(model, example_inputs)
         self._branch_flops = [section.branch_flops(flops) for section in found]
         self._parameters = [sum(p.numel() for p in s.branch_parameters()) for s in found]
@@ -128,8 +128,9 @@ class LayerPruner:
         self._agreement = Agreement(self._run, self._ranks)
         self._optimizer: torch.optim.Optimizer | None = None
         self._learner = ThetaLearner(self._run)
-        for alike in self._alike():
-            for section, gate in zip(alike, self._run.bank.gates, strict=True):
+        bank = self._run.bank
+        for alike, gates in zip(self._alike(), (bank.gates, bank.followers), strict=False):
+            for section, gate in zip(alike, gates, strict=True):
                 section.adapter.attach(section.module, gate)
         self._learner.allocate_probes()
         self._forwards = Forwards(
@@ -465,7 +466,7 @@ class LayerPruner:
 
 
 def _averaged(
-    ema: AveragedModel | None, sections: Sequence[Section]
+    ema: AveragedModel | None, model: nn.Module, sections: Sequence[Section]
 ) -> tuple[nn.Module, list[Section]] | None:
     """The averaged model and its sections, those of the model itself."""
     if ema is None:
@@ -474,6 +475,16 @@ def _averaged(
         raise TypeError(
             "ema must be a torch.optim.swa_utils.AveragedModel of the model, got "
             f"{type(ema).__name__}"
+        )
+    # The average pairs parameters by their order, and would not tell.
+    shapes, expected = (
+        [(name, parameter.shape) for name, parameter in one.named_parameters()]
+        for one in (ema.module, model)
+    )
+    if shapes != expected:
+        raise ValueError(
+            "ema is an average of another model: its parameters' names or shapes are not the "
+            "model's. Make it from the model itself, before that is wrapped"
         )
     there = dict(ema.module.named_modules(remove_duplicate=False))
     for section in sections:

@@ -77,7 +77,7 @@ def test_accumulated_evidence_is_that_of_one_whole_batch(parts):
         optimizer.step()
         pruner.step(optimizer, accumulation=parts)
         optimizer.zero_grad()
-        found = pruner._run.evidence.state_dict()[-1]
+        found = pruner.state_dict()["evidence"][-1]
         counted = found["counted"]
         assert counted.shape == (4, ROWS) and counted.any(1).all() and not counted.all(1).any()
         torch.testing.assert_close(
@@ -122,7 +122,7 @@ def test_evidence_in_low_precision(precision, scale, tolerance):
     scaler.step(optimizer)
     pruner.step(optimizer, scaler)
     scaler.update()
-    (found,) = pruner._run.evidence.state_dict()
+    (found,) = pruner.state_dict()["evidence"]
     counted, slope = found["counted"], found["slope"]
     assert slope.dtype == torch.float32 and counted.any()
     assert not found["skipped"]
@@ -147,7 +147,7 @@ def test_a_measurement_in_low_precision(dtype, scale):
         scaler.scale(F.cross_entropy(logits.float(), y)).backward()
         scaler.step(optimizer)
         pruner.step(optimizer, scaler)
-        (found,) = run.evidence.state_dict()
+        (found,) = pruner.state_dict()["evidence"]
         assert found["section"] == 1 and found["measurement"]["rows"] == 128
         means.append(found["measurement"]["mean"])
     assert means[0] != means[1]
@@ -281,3 +281,32 @@ def test_a_whole_run_with_everything(dtype):
     assert optimizer.param_groups[0]["param_names"] == ["0.weight", "0.bias", "5.weight", "5.bias"]
     assert all(p.dtype == torch.float32 for p in pruner.strip().parameters())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("by", ["an updated scaler", "the loop"])
+def test_a_step_that_was_left_out(by):
+    """Told by `skipped`: it is no evidence, finite or not, and counts all the same."""
+    model = _model()
+    pruner = _pruner(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=by == "an updated scaler")
+    thetas = []
+    for number in range(6):
+        x, y = _batch(number)
+        left_out = number == 3
+        loss = scaler.scale(F.cross_entropy(model(x), y))
+        (loss * torch.inf if left_out else loss).backward()
+        if by == "an updated scaler":
+            scaler.step(optimizer)
+            if left_out:
+                scaler.update()
+        elif not left_out:
+            optimizer.step()
+        report = pruner.step(optimizer, scaler, skipped=left_out)
+        if not left_out:
+            scaler.update()
+        optimizer.zero_grad()
+        assert report.step == number + 1
+        thetas.append(pruner._run.bank.theta.clone())
+    moved = [not a.equal(b) for a, b in zip(thetas, thetas[1:], strict=False)]
+    assert moved == [True, True, True, False, True]
