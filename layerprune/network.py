@@ -1,0 +1,85 @@
+"""A model and its average: their sections are gated, and leave, together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from layerprune.compaction import remove_sections
+from layerprune.gates import Gate
+from layerprune.sections import Section
+
+
+class Network:
+    """What a pruner changes.
+
+    Args:
+        model: the model.
+        sections: its sections.
+        ema: an average of the model, or None.
+
+    Raises:
+        TypeError: if ``ema`` is no average.
+        ValueError: if it is one of another model.
+    """
+
+    def __init__(
+        self, model: nn.Module, sections: Sequence[Section], ema: AveragedModel | None
+    ) -> None:
+        self.model = model
+        self._parts = [(model, list(sections))]
+        if ema is not None:
+            self._parts.append(_averaged(ema, model, sections))
+
+    def attach(self, gates: Sequence[Gate], followers: Sequence[Gate]) -> None:
+        """Gives each section its gate, and the average's sections the gates that follow those."""
+        for (_, sections), given in zip(self._parts, (gates, followers), strict=False):
+            for section, gate in zip(sections, given, strict=True):
+                section.adapter.attach(section.module, gate)
+
+    def detach(self, indices: Iterable[int]) -> None:
+        """Takes the gates off some sections."""
+        chosen = list(indices)
+        for _, sections in self._parts:
+            for index in chosen:
+                sections[index].adapter.detach(sections[index].module)
+
+    def remove(self, indices: Iterable[int], optimizer: Optimizer | None = None) -> None:
+        """Removes some sections, without their gates by now; see `remove_sections`."""
+        chosen = list(indices)
+        for model, sections in self._parts:
+            held = optimizer if model is self.model else None
+            remove_sections(model, [sections[index] for index in chosen], held)
+
+
+def _averaged(
+    ema: AveragedModel, model: nn.Module, sections: Sequence[Section]
+) -> tuple[nn.Module, list[Section]]:
+    """The averaged model and its sections, those of the model itself."""
+    if not isinstance(ema, AveragedModel):
+        raise TypeError(
+            "ema must be a torch.optim.swa_utils.AveragedModel of the model, got "
+            f"{type(ema).__name__}"
+        )
+    # The average pairs parameters by their order, and would not tell.
+    found, expected = (
+        [(name, parameter.shape) for name, parameter in one.named_parameters()]
+        for one in (ema.module, model)
+    )
+    if found != expected:
+        raise ValueError(
+            "ema is an average of another model: its parameters' names or shapes are not the "
+            "model's. Make it of the model itself, before that is wrapped"
+        )
+    there = dict(ema.module.named_modules(remove_duplicate=False))
+    for section in sections:
+        if type(there.get(section.name)) is not type(section.module):
+            raise ValueError(
+                f"ema is an average of another model: it has no section {section.name!r} like the "
+                "model's"
+            )
+    return ema.module, [replace(section, module=there[section.name]) for section in sections]
