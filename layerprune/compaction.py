@@ -68,9 +68,9 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def remove_sections(
-    model: nn.Module, sections: Sequence[Section], optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module, sections: Sequence[Section], optimizers: Sequence[torch.optim.Optimizer] = ()
 ) -> None:
-    """Removes sections from a model and what they leave unused from its optimizer.
+    """Removes sections from a model and what they leave unused from its optimizers.
 
     What remains keeps its names, its parameters and their optimizer state; parameter groups are
     edited in place and keep their number.
@@ -78,8 +78,8 @@ def remove_sections(
     Args:
         model: the model, changed in place.
         sections: sections of that model, gated or not.
-        optimizer: the optimizer to shrink along, one that `check_optimizer` accepts; it may hold
-            none of the parameters any more.
+        optimizers: those to shrink along, which `check_optimizer` accepts; they may hold none of
+            the parameters any more.
     """
     before = {id(p) for p in model.parameters()}
     for section in sections:
@@ -94,8 +94,9 @@ def remove_sections(
         for place in places:
             path, _, key = place.rpartition(".")
             setattr(model.get_submodule(path), key, remainder)
-    if optimizer is not None:
-        _forget(optimizer, before - {id(p) for p in model.parameters()})
+    gone = before - {id(p) for p in model.parameters()}
+    for optimizer in optimizers:
+        _forget(optimizer, gone)
 
 
 def eliminate_sections(model: nn.Module, names: Iterable[str], example_inputs: Inputs) -> nn.Module:

@@ -48,11 +48,11 @@ class Network:
             for index in chosen:
                 sections[index].adapter.detach(sections[index].module)
 
-    def remove(self, indices: Iterable[int], optimizer: Optimizer | None = None) -> None:
+    def remove(self, indices: Iterable[int], optimizers: Sequence[Optimizer] = ()) -> None:
         """Removes some sections, without their gates by now; see `remove_sections`."""
         chosen = list(indices)
         for model, sections in self._parts:
-            held = optimizer if model is self.model else None
+            held = optimizers if model is self.model else ()
             remove_sections(model, [sections[index] for index in chosen], held)
 
 

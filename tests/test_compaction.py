@@ -270,7 +270,7 @@ def test_the_optimizer_forgets_the_branch_alone(kind):
         for group in optimizer.param_groups
     ]
 
-    remove_sections(model, sections, optimizer)
+    remove_sections(model, sections, [optimizer])
 
     assert [
         {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups

@@ -148,7 +148,7 @@ def test_survivors_go_on_bit_for_bit(name, options, device):
     groups = [dict(group) for group in optimizer.param_groups]
     before = copy.deepcopy(_state(model, optimizer))
 
-    remove_sections(model, _sections(model), optimizer)
+    remove_sections(model, _sections(model), [optimizer])
 
     after = _state(model, optimizer)
     assert list(after) == [key for key in before if key not in GONE]
@@ -183,7 +183,7 @@ def test_hooks_and_groups_that_come_later():
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
     _step(model, optimizer, 0)
-    remove_sections(model, _sections(model), optimizer)
+    remove_sections(model, _sections(model), [optimizer])
     optimizer.add_param_group({"params": [("4.bias", model[4].bias)], "lr": 0.5})
     held = model[4].bias.detach().clone()
     _step(model, optimizer, 1)
@@ -202,7 +202,7 @@ def test_parameters_without_names_and_a_shared_one():
     model[3].branch.weight = model[2].branch.weight
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     _step(model, optimizer, 0)
-    remove_sections(model, _sections(model), optimizer)
+    remove_sections(model, _sections(model), [optimizer])
     assert "param_names" not in optimizer.param_groups[0]
     assert set(optimizer.state) == set(model.parameters())
     assert any(p is model[2].branch.weight for p in optimizer.param_groups[0]["params"])
@@ -232,7 +232,7 @@ def test_an_optimizer_of_another_library():
     optimizer = Foreign(_groups(model))
     check_optimizer(model, optimizer)
     _step(model, optimizer, 0)
-    remove_sections(model, _sections(model), optimizer)
+    remove_sections(model, _sections(model), [optimizer])
     _step(model, optimizer, 1)
     held = {p for p in model.parameters() if p.grad is not None and p is not model[4].bias}
     assert set(optimizer.state) == {"run", *held}
@@ -270,7 +270,7 @@ def test_a_wrapper_that_keeps_nothing_is_served():
     wrapper = Handing(inner)
     check_optimizer(model, wrapper)
     _step(model, wrapper, 0)
-    remove_sections(model, _sections(model), wrapper)
+    remove_sections(model, _sections(model), [wrapper])
     named = dict(model.named_parameters())
     assert inner.param_groups[1]["param_names"] == [
         n for n, p in named.items() if p.dim() > 1 and n != "2.branch.weight"
@@ -334,8 +334,47 @@ def test_an_optimizer_of_branches_alone_is_emptied():
     optimizer.step()
     pruner.step(optimizer)
     for index in (2, 0):
-        pruner._eliminate([index], optimizer)
+        pruner._eliminate([index], [optimizer])
         assert optimizer.param_groups[0]["params"] == [] and not optimizer.state
     optimizer.step()
     pruner.step(optimizer)
     assert [info.status for info in pruner.sections] == ["eliminated", "open", "eliminated"]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_several_optimizers_share_a_model(scaled):
+    """As Muon, which takes matrices alone, needs another beside it; either's overflow counts."""
+    torch.manual_seed(0)
+    sections = [GatedResidual(nn.Linear(4, 4)) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(3, 4), *sections, nn.Linear(4, 2))
+    named = list(model.named_parameters())
+    optimizers = [
+        torch.optim.Muon([(n, p) for n, p in named if p.dim() == 2]),
+        torch.optim.AdamW([(n, p) for n, p in named if p.dim() == 1], lr=0.01),
+    ]
+    # By the strength no section is worth its place.
+    pruner = LayerPruner(model, example_inputs=torch.zeros(2, 3), total_steps=40, strength=1000.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=scaled)
+    left_out = [9, 13] if scaled else []
+    skipped = []
+    for step in range(40):
+        x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
+        scaler.scale(model(x).square().mean()).backward()
+        if step in left_out:  # once in what the first holds, once in the second's
+            model[0].get_parameter(("weight", "bias")[left_out.index(step)]).grad.fill_(torch.inf)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        pruner.step(optimizers, scaler)
+        skipped += [step] * pruner.state_dict()["evidence"][-1]["skipped"]
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert skipped == left_out
+    assert pruner.structure()["eliminated"] == ["1", "2", "3"]
+    names = [optimizer.param_groups[0]["param_names"] for optimizer in optimizers]
+    assert names == [["0.weight", "4.weight"], ["0.bias", "4.bias"]]
+    assert all(len(optimizer.state) == 2 for optimizer in optimizers)
+    with pytest.raises(TypeError, match="empty list"):
+        pruner.step([])
+    with pytest.raises(TypeError, match="got str"):
+        pruner.step([optimizers[0], "adam"])
