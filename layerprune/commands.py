@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -12,9 +12,10 @@ import yaml
 from layerprune import backends, models
 from layerprune.training import data, demo, recipe
 from layerprune.training.assembly import pick_device
-from layerprune.training.checkpoint import load_model
+from layerprune.training.checkpoint import absent, example_inputs, load_model, save
 from layerprune.training.engine import train
 from layerprune.training.evaluation import compaction_difference, evaluate
+from layerprune.training.export import ExportError, check_absent, export
 from layerprune.training.interrupt import Interrupted
 from layerprune.training.loop import TrainingDiverged
 from layerprune.training.outcome import versions
@@ -31,7 +32,7 @@ __all__ = ["FAILURES", "MISTAKES", "Interrupted", "app"]
 
 MISTAKES = (recipe.RecipeError, data.DataError, RunFolderError, CheckpointError, OSError)
 """What the user can set right."""
-FAILURES = (TrainingDiverged,)
+FAILURES = (ExportError, TrainingDiverged)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -151,6 +152,32 @@ def verify_command(
     print(f"largest difference over {len(splits.test)} test images: {difference:g}")
     if difference != 0:
         raise typer.Exit(1)
+
+
+@app.command("export")
+def export_command(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_RUN")],
+    format: Annotated[Literal["safetensors", "torch", "onnx"], typer.Option()],
+    output: Annotated[Path, typer.Option(help="A file; for safetensors a folder.")],
+    batch: Annotated[
+        str, typer.Option(metavar="N|dynamic", help="Rows of a call of the exported network.")
+    ] = "dynamic",
+) -> None:
+    """Write a plain network: weights and structure, a torch.export program, or ONNX."""
+    if batch != "dynamic" and not (batch.isascii() and batch.isdigit() and int(batch) >= 1):
+        raise typer.BadParameter(f"--batch takes a number of rows or dynamic, got {batch!r}")
+    model, structure = load_model(path)
+    if format == "safetensors":
+        if batch != "dynamic":
+            raise typer.BadParameter("--batch is for programs: safetensors hold weights alone")
+        check_absent(output)
+        save(output, model.state_dict(), structure | {"eliminated": absent(structure)})
+    else:
+        rows = None if batch == "dynamic" else int(batch)
+        inputs = example_inputs(structure["builder"]["kwargs"])
+        difference = export(model, inputs, output, format, rows)
+        print(f"largest difference from the module on random inputs: {difference:g}")
+    print(output)
 
 
 @app.command("report")

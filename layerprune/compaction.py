@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from layerprune.cost import Inputs, as_call, evaluating
 from layerprune.gates import Gate
 from layerprune.sections import Section, find_sections
-from layerprune.sections.discovery import adapter_of
+from layerprune.sections.discovery import adapter_of, forward_order
 
 _NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 _KEEPS_SIGN = (
@@ -192,16 +192,14 @@ def _named(sections: dict[str, Section], name: str) -> Section:
 
 
 def _nonnegative_input(model: nn.Module, name: str) -> bool:
-    """Whether what comes before a module in its `Sequential` puts out no negative value."""
+    """Whether what comes before a module, as far as that is known, puts out no negative value."""
     path, _, key = name.rpartition(".")
     parent = model.get_submodule(path)
-    if type(parent) is not nn.Sequential:
+    order = forward_order(parent)
+    if key not in order:
         return False
-    keys = list(parent._modules)
-    before = keys.index(key)
-    while before > 0:
-        before -= 1
-        module = parent[before]
+    for earlier in reversed(order[: order.index(key)]):
+        module = parent.get_submodule(earlier)
         if type(module) not in _KEEPS_SIGN:
             return _nonnegative_output(module)
     return bool(path) and _nonnegative_input(model, path)

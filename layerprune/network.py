@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from layerprune.compaction import remove_sections
 from layerprune.gates import Gate
+from layerprune.renumber import renumber
 from layerprune.sections import Section
 
 
@@ -55,6 +56,12 @@ class Network:
         for model, sections in self._parts:
             held = optimizer if model is self.model else None
             remove_sections(model, [sections[index] for index in chosen], held)
+
+    def renumber(self, indices: Iterable[int]) -> None:
+        """Closes the gaps that removed sections left; see `renumber.renumber`."""
+        chosen = list(indices)
+        for model, sections in self._parts:
+            renumber(model, [sections[index].name for index in chosen])
 
 
 def _averaged(ema: AveragedModel, sections: Sequence[Section]) -> tuple[nn.Module, list[Section]]:

@@ -337,11 +337,20 @@ class LayerPruner:
         """A short name of what was decided and drawn so far; the same on all ranks."""
         return digest(self._run)
 
-    def strip(self) -> nn.Module:
+    def strip(self, renumber: bool = False) -> nn.Module:
         """Ends pruning: the same model without gates, of its original classes.
 
         Sections still undecided, where fewer than ``total_steps`` were made, are kept or removed as
         evaluation would have it (theta >= 1/2); an optimizer is not edited then.
+
+        A torchvision ResNet that is renumbered loads into ``torchvision.models.ResNet(block,
+        layers)`` with the smaller numbers of blocks if only blocks without a downsampling shortcut
+        left and each stage has one still; otherwise into `models.torchvision_resnet`.
+
+        Args:
+            renumber: take the empty places out of numbered containers, of the model and of its
+                average, as `renumber` does: names change then, and are no longer those of
+                `structure` and of the events.
         """
         self.close()
         run = self._run
@@ -349,6 +358,10 @@ class LayerPruner:
         left = [i for i, status in enumerate(run.status) if status != "eliminated"]
         self._network.detach(left)
         self._network.remove(closed)
+        for index in closed:
+            run.status[index] = "eliminated"
+        if renumber:
+            self._network.renumber(run.where("eliminated"))
         return self.model
 
     def close(self) -> None:
