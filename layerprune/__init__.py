@@ -21,16 +21,18 @@ __all__ = [
     "find_sections",
     "load",
     "renumber",
+    "restore",
+    "save",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> object:
     # The training program has dependencies that the core does without.
-    if name == "load":
-        from layerprune.training import load
+    if name in ("load", "restore", "save"):
+        from layerprune import training
 
-        return load
+        return getattr(training, name)
     if name == "export":
         from layerprune.training.export import export
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from layerprune.cost import Inputs, as_call, evaluating
-from layerprune.gates import Gate
 from layerprune.sections import Section, find_sections
 from layerprune.sections.discovery import adapter_of, forward_order
 
@@ -109,42 +108,6 @@ def eliminate_sections(model: nn.Module, names: Iterable[str], example_inputs: I
     found = {section.name: section for section in find_sections(model, example_inputs)}
     remove_sections(model, [_named(found, name) for name in names])
     return model
-
-
-def gated_dense(
-    dense: nn.Module, compacted: nn.Module, eliminated: Iterable[str], example_inputs: Inputs
-) -> nn.Module:
-    """The dense model with the compacted one's weights and the eliminated sections' gates at 0.
-
-    Args:
-        dense: a dense model of the same builder, changed in place.
-        compacted: the compacted model.
-        eliminated: names of the sections that it lacks.
-        example_inputs: what the models are called with.
-
-    Returns:
-        ``dense``, gated: what `verify` compares the compacted model with.
-
-    Raises:
-        ValueError: if a name is no section, or the two models differ in more than these sections.
-    """
-    sections = {section.name: section for section in find_sections(dense, example_inputs)}
-    allowed = set()
-    for name in eliminated:
-        section = _named(sections, name)
-        kept = tuple(f"{name}.{child}." for child in section.adapter.kept(section.module))
-        keys = (f"{name}.{key}" for key in section.module.state_dict())
-        allowed.update(key for key in keys if not (kept and key.startswith(kept)))
-        gate = Gate(name)
-        gate.is_open = False
-        section.adapter.attach(section.module, gate)
-    missing, unexpected = dense.load_state_dict(compacted.state_dict(), strict=False)
-    if unexpected or set(missing) - allowed:
-        raise ValueError(
-            "the compacted model differs from the dense one in more than its eliminated sections: "
-            f"missing {sorted(set(missing) - allowed)[:3]}, unexpected {sorted(unexpected)[:3]}"
-        )
-    return dense
 
 
 @torch.no_grad()

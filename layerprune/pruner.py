@@ -371,13 +371,23 @@ class LayerPruner:
             self._step_hook.remove()
 
     def structure(self) -> dict:
-        """The sections and what became of them, as JSON would have it."""
+        """The sections and what became of them, as JSON would have it.
+
+        ``eliminated`` names those that the model lacks, also the ones that `strip` has removed.
+        """
+        present = set(self.model.modules())
         return {
             "sections": [
-                {"name": info.name, "kind": info.kind, "theta": info.theta, "status": info.status}
-                for info in self.sections
+                {
+                    "name": info.name,
+                    "kind": info.kind,
+                    "several_arguments": section.adapter.several_arguments,
+                    "theta": info.theta,
+                    "status": info.status,
+                }
+                for info, section in zip(self.sections, self._run.sections, strict=True)
             ],
-            "eliminated": [info.name for info in self.sections if info.status == "eliminated"],
+            "eliminated": [s.name for s in self._run.sections if s.module not in present],
         }
 
     def state_dict(self) -> dict:

@@ -71,9 +71,9 @@ def test_train_then_eval_verify_report(run, finished, tmp_path):
 
 
 def test_verify_tells_a_difference(run, finished, monkeypatch):
-    from layerprune import commands
+    from layerprune.training import inspection
 
-    monkeypatch.setattr(commands, "compaction_difference", lambda *arguments: 1e-7)
+    monkeypatch.setattr(inspection, "compaction_difference", lambda *arguments: 1e-7)
     code, out, _ = run("verify", finished)
     assert code == 1 and "1e-07" in out
 

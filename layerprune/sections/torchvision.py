@@ -45,6 +45,7 @@ class BlockAdapter:
     """Gates a torchvision block by its twin."""
 
     kind = "twin"
+    several_arguments = False
 
     def __init__(self, original: type[nn.Module], twin: type[nn.Module]) -> None:
         self.original = original

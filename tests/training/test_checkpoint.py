@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layerprune.training import checkpoint, load
+from layerprune.training import checkpoint, untrusted
+from layerprune.training.checkpoint import load_model
 from layerprune.training.engine import train
 from layerprune.training.runfolder import CheckpointError, marked
+from layerprune.training.structure import digest
 
 WEIGHTS, STRUCTURE, TRAINING = "model.safetensors", "structure.json", "training.pt"
 
@@ -28,17 +30,23 @@ def run(finished, tmp_path):
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Changes a structure, or another file's checksum in it, as one would who knows the format."""
+    changed = json.loads(path.read_text()) | changes
+    for file in path.parent.iterdir():
+        if file != path:
+            changed["checksums"][file.name] = untrusted.sha256(file)
+    changed["checksums"]["structure"] = digest(changed)
+    path.write_text(json.dumps(changed))
 
 
 def test_markers_folders_and_runs_all_load(run):
     last = run / "checkpoint-30"
     for path in (run, run / "model", last, run / "last", str(last)):
-        model, structure = load(path)
+        model, structure = load_model(path)
         assert structure["builder"]["name"] == "resnet20"
         assert not model.training
     shutil.rmtree(run / "model")
-    assert load(run)[1] == load(last)[1]
+    assert load_model(run)[1] == load_model(last)[1]
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, STRUCTURE, TRAINING])
@@ -54,7 +62,7 @@ def test_damage_is_named(finished, run, name, damage):
         train(finished[0], None, run, resume=True, progress=False, device="cpu")
     if name != TRAINING:
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-            load(run / "checkpoint-30")
+            load_model(run / "checkpoint-30")
 
 
 @pytest.mark.parametrize(
@@ -73,13 +81,13 @@ def test_damage_is_named(finished, run, name, damage):
 def test_structures_that_are_refused(run, changes, words):
     edit(run / "model" / STRUCTURE, **changes)
     with pytest.raises(CheckpointError, match=words):
-        load(run)
+        load_model(run)
 
 
 def test_weights_of_another_structure(run):
     edit(run / "model" / STRUCTURE, eliminated=[], sections=[])
-    with pytest.raises(CheckpointError, match="does not fit.*Missing key"):
-        load(run)
+    with pytest.raises(CheckpointError, match="does not fit.*missing"):
+        load_model(run)
 
 
 def test_a_checkpoint_of_another_model_is_not_resumed(finished, run):
@@ -95,6 +103,7 @@ def test_state_of_another_run_is_not_resumed(finished, run):
     training = torch.load(path, weights_only=True)
     training["pruner"]["total_steps"] = 31
     torch.save(training, path)
+    edit(path.with_name(STRUCTURE))
     with pytest.raises(CheckpointError, match="31 steps"):
         train(finished[0], None, run, resume=True, progress=False, device="cpu")
 
@@ -108,6 +117,7 @@ class Exploit:
 def test_no_code_runs_on_loading(finished, run, capsys, dump):
     with open(run / "checkpoint-30" / TRAINING, "wb") as file:
         dump({"place": Exploit()}, file)
+    edit(run / "checkpoint-30" / STRUCTURE)
     with pytest.raises(CheckpointError, match=r"training\.pt"):
         train(finished[0], None, run, resume=True, progress=False, device="cpu")
     assert "code ran" not in capsys.readouterr().out
@@ -122,7 +132,7 @@ def test_markers_that_point_elsewhere(run, content):
 
 def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint-1"
-    structure = checkpoint.structure_of({"name": "x", "kwargs": {}}, "digits", [], [])
+    structure = checkpoint.structure_of({"name": "x", "kwargs": {}}, "digits", None, [], [])
     checkpoint.save(folder, {"w": torch.zeros(2)}, structure, {"a": 1})
 
     def crash(*arguments):
@@ -142,11 +152,11 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_a_foreign_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
-        load(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_dense_run_loads_too(finished, tmp_path):
     dense = replace(finished[0], prune=False, epochs=1)
     train(dense, None, tmp_path / "dense", progress=False, device="cpu")
-    model, structure = load(tmp_path / "dense")
+    model, structure = load_model(tmp_path / "dense")
     assert structure["eliminated"] == [] and "block1_1.branch.conv1.weight" in model.state_dict()

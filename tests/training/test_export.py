@@ -1,5 +1,6 @@
 """Export: what is written computes what the module computes, and needs nothing of layerprune."""
 
+import importlib
 import random
 import subprocess
 import sys
@@ -123,11 +124,23 @@ def saved(tmp_path_factory):
     model = shifted(build("resnet20", **kwargs))
     layerprune.eliminate_sections(model, ["block1_2"], images(2, 1, 8))
     sections = [
-        {"name": "block1_2", "kind": "residual", "theta": 0.0, "status": "eliminated"},
-        {"name": "block2_1", "kind": "residual", "theta": 0.25, "status": "open"},
+        {
+            "name": "block1_2",
+            "kind": "residual",
+            "theta": 0.0,
+            "status": "eliminated",
+            "several_arguments": False,
+        },
+        {
+            "name": "block2_1",
+            "kind": "residual",
+            "theta": 0.25,
+            "status": "open",
+            "several_arguments": False,
+        },
     ]
     builder = {"name": "resnet20", "kwargs": kwargs}
-    structure = checkpoint.structure_of(builder, "digits", ["block1_2"], sections)
+    structure = checkpoint.structure_of(builder, None, images(2, 1, 8), ["block1_2"], sections)
     checkpoint.save(folder, model.state_dict(), structure, {"step": 5})
     layerprune.eliminate_sections(model, ["block2_1"], images(2, 1, 8))
     return folder, model.eval()
@@ -172,6 +185,37 @@ def test_checkpoints_are_exported_from_the_command_line(run, saved, tmp_path):
     np.testing.assert_allclose(found, model(x).numpy(), atol=1e-5)
     with pytest.raises(Exception, match="dimension"):
         onnx_outputs(output, input=x[:2])
+
+
+OWN = """
+from torch import nn
+from layerprune import GatedResidual
+
+def dense():
+    return nn.Sequential(nn.Linear(4, 4), *(GatedResidual(nn.Linear(4, 4)) for _ in range(3)))
+"""
+
+
+def test_checkpoints_of_a_loop_of_ones_own(run, tmp_path, monkeypatch):
+    """With the builder that they do not name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_network.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    dense = importlib.import_module("own_network").dense
+    model, x = dense(), torch.randn(3, 4)
+    pruner = LayerPruner(model, example_inputs=x, total_steps=10, strength=0.1)
+    pruner._run.bank.theta[1] = 0.3
+    pruner.strip()
+    layerprune.save("checkpoint", pruner, example_inputs=x)
+    layerprune.save("shapeless", pruner)
+    arguments = ("--format", "torch", "--output", "m.pt2")
+    code, _, err = run("checkpoint", *arguments)
+    assert code == 2 and "names no builder" in err
+    code, _, err = run("shapeless", *arguments, "--builder", "own_network:dense")
+    assert code == 2 and "save it with example_inputs" in err
+    code, out, err = run("checkpoint", *arguments, "--builder", "own_network:dense")
+    assert code == 0, err
+    assert torch.export.load("m.pt2").module()(x).equal(model(x))
 
 
 def test_mistakes_on_the_command_line(run, saved, tmp_path, monkeypatch):
