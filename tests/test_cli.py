@@ -182,7 +182,7 @@ def test_damaged_checkpoints_are_one_line(run, finished, tmp_path):
     structure = copy / "model" / "structure.json"
     structure.write_text(structure.read_text().replace("resnet20", "resnet32"))
     code, _, err = run("eval", copy)
-    assert code == 2 and err.count("\n") == 1 and "does not fit" in err
+    assert code == 2 and err.count("\n") == 1 and "checksum" in err
     (copy / "summary.json").write_text("{")
     code, _, err = run("report", copy)
     assert code == 2 and err.count("\n") == 1 and "summary.json" in err
