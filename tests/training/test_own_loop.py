@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torchvision.models import resnet18
 
 import layerprune
 from layerprune import GatedResidual, LayerPruner, PruneConfig, verify
-from layerprune.training import checkpoint
+from layerprune.training import checkpoint, own_loop
 from layerprune.training.checkpoint import CheckpointError, gated_model, load_model
 from layerprune.training.evaluation import compaction_difference
 
@@ -54,17 +56,25 @@ def inputs(rows=6):
     )
 
 
-class Loop:
-    """Some steps of a run; optimizer and pruner of one seed."""
+COSTS = {
+    **{f"masked.{i}": 10.0 ** -(i * 3 % 8 / 2) for i in range(3)},
+    **{f"stack.{i}": 10.0 ** -((i + 3) * 3 % 8 / 2) for i in range(5)},
+}
 
-    def __init__(self, total=12):
+
+class Loop:
+    """Some steps of a run, in which sections leave one after the other."""
+
+    def __init__(self, total=16):
         torch.manual_seed(0)
+        attraction = {"rule": "attraction", "tolerance": 0.3}
         self.pruner = LayerPruner(
             Mixed(),
             example_inputs=inputs(),
             total_steps=total,
-            strength=1.0,
-            config=PruneConfig(rule="attraction", warm_up=0, warm_up_limit=0.1, learning_end=0.9),
+            strength=0.5,
+            cost=COSTS,
+            config=PruneConfig(warm_up=0, warm_up_limit=0.1, learning_end=0.9, **attraction),
             seed=1,
         )
         self.make_optimizer()
@@ -82,7 +92,7 @@ class Loop:
         return self
 
 
-@pytest.fixture(params=[0, 7, 12])
+@pytest.fixture(params=[0, 5, 16])
 def loop(request):
     return Loop().go(request.param)
 
@@ -115,13 +125,13 @@ def test_load_gives_the_network_that_evaluation_runs(loop, tmp_path):
 
 def test_some_sections_are_gone_before_the_end():
     """What the tests above and below rest on."""
-    statuses = {info.status for info in Loop().go(7).pruner.sections}
+    statuses = {info.status for info in Loop().go(5).pruner.sections}
     assert statuses == {"open", "eliminated"}
 
 
-@pytest.mark.parametrize("at", [0, 5, 7])
+@pytest.mark.parametrize("at", [0, 4, 9])
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path, at):
-    whole = Loop().go(12)
+    whole = Loop().go(16)
     first = Loop().go(at)
     training = {"optimizer": first.optimizer.state_dict(), "epoch": 3}
     layerprune.save(tmp_path / "c", first.pruner, training=training)
@@ -130,7 +140,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, at):
     second.make_optimizer()
     second.optimizer.load_state_dict(found["optimizer"])
     assert found["epoch"] == 3
-    second.go(12 - at)
+    second.go(16 - at)
     assert second.pruner.events == whole.pruner.events
     ours, theirs = second.pruner.model.state_dict(), whole.pruner.model.state_dict()
     assert ours.keys() == theirs.keys()
@@ -143,8 +153,8 @@ def test_restoring_what_does_not_fit(tmp_path):
     with pytest.raises(CheckpointError, match=r"missing file .*training\.pt"):
         layerprune.restore(tmp_path / "c", Loop().pruner)
     layerprune.save(tmp_path / "c", loop.pruner, training={})
-    with pytest.raises(CheckpointError, match=r"training\.pt is of another run: .*12 steps"):
-        layerprune.restore(tmp_path / "c", Loop(total=13).pruner)
+    with pytest.raises(CheckpointError, match=r"training\.pt is of another run: .*16 steps"):
+        layerprune.restore(tmp_path / "c", Loop(total=17).pruner)
     with open(tmp_path / "c" / "model.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
@@ -222,3 +232,22 @@ def test_first_schema_is_read(tmp_path):
     assert found["inputs"] == [{"shape": [2, 1, 8, 8], "dtype": "float32"}]
     images = torch.randn(2, 1, 8, 8)
     assert verify(gated_model(tmp_path / "c"), plain, [images]) == 0.0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_rank_writes_and_all_wait(tmp_path, monkeypatch, rank, fails):
+    waited = []
+    fake = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        get_rank=lambda: rank,
+        barrier=lambda: waited.append(rank),
+    )
+    monkeypatch.setattr(own_loop, "distributed", fake)
+    pruner = Loop().pruner
+    if fails:
+        monkeypatch.setattr(checkpoint, "save", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails and rank == 0 else nullcontext():
+        layerprune.save(tmp_path / "c", pruner)
+    assert (tmp_path / "c").exists() == (rank == 0 and not fails) and waited == [rank]
