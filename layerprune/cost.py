@@ -91,12 +91,19 @@ def dry_run(
             shape[0] = batch_size
         return torch.empty(shape, dtype=leaf.dtype, device="meta")
 
-    state = {name: p.detach().to("meta") for name, p in model.named_parameters()}
-    state |= {name: b.to("meta") for name, b in model.named_buffers()}
+    # One name for every tensor of every module: of two for the same, functional_call would put back
+    # one that is on the meta device.
+    state = {
+        f"{path}.{name}" if path else name: tensor.detach().to("meta")
+        for path, module in model.named_modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
     args, kwargs = as_call(tree_map(to_meta, inputs))
     # torch's fused attention in evaluation mode makes nested tensors, which have no meta form.
     with torch.no_grad(), evaluating(model), plain_attention():
-        return functional_call(model, state, args, kwargs)
+        return functional_call(model, state, args, kwargs, tie_weights=False)
 
 
 def forward_flops(model: nn.Module, inputs: Inputs) -> dict[str, float]:

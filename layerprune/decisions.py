@@ -91,7 +91,7 @@ def check_decay(run: RunState, optimizer: torch.optim.Optimizer) -> None:
         if group.get("weight_decay", 0) > 0
         for parameter in group["params"]
     }
-    for section in run.sections:
+    for section in (run.sections[index] for index in run.where("open")):
         if any(id(parameter) not in decayed for parameter in section.branch_parameters()):
             raise ValueError(
                 f'rule="attraction" needs weight decay on every parameter of section '
