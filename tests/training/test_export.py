@@ -76,6 +76,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_programs_and_pickles_need_no_layerprune(compacted, tmp_path):
     compacted.train()
     assert layerprune.export(compacted, images(2), tmp_path / "model.pt2", "torch") == 0.0
@@ -97,6 +98,7 @@ def onnx_outputs(path, **tensors):
     return session.run(None, {name: tensor.numpy() for name, tensor in tensors.items()})
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_of_a_compacted_resnet(compacted, tmp_path):
     import onnx
@@ -156,6 +158,7 @@ def run(capsys):
     return call
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_checkpoints_are_exported_from_the_command_line(run, saved, tmp_path):
     folder, model = saved
