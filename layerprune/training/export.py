@@ -5,17 +5,16 @@ A file appears under its name when it is whole and has been compared with the mo
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from layerprune.cost import (
     Inputs,
@@ -27,15 +26,9 @@ from layerprune.cost import (
 )
 from layerprune.sections import GatedResidual
 from layerprune.sections.residual import GATE_ATTRIBUTE
+from layerprune.training.export_formats import FORMATS, Call, ExportError, first_line, tensors_of
 
-__all__ = ["FORMATS", "ExportError", "check_absent", "export"]
-
-Call = Callable[[tuple, dict], list[Tensor]]
-"""Runs a network on positional and keyword arguments."""
-
-
-class ExportError(RuntimeError):
-    """A model that cannot be exported, or whose exported form computes something else."""
+__all__ = ["ExportError", "check_absent", "export"]
 
 
 def export(
@@ -163,65 +156,9 @@ def _program(model: nn.Module, inputs: Inputs, dynamic: bool) -> tuple[ExportedP
     except Exception as error:  # torch has no common class for what it cannot export
         hint = "; with a fixed batch size it may" if dynamic else ""
         raise ExportError(
-            f"torch.export does not take {type(model).__name__}{hint}: {_first_line(error)}"
+            f"torch.export does not take {type(model).__name__}{hint}: {first_line(error)}"
         ) from error
     return program, open_dimensions
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _torch_writer() -> Callable[[ExportedProgram, Any, Path], Call]:
-    def write(program: ExportedProgram, shapes: Any, path: Path) -> Call:
-        # By a file object: torch warns of a path that does not end in .pt2.
-        with open(path, "wb") as file:
-            torch.export.save(program, file)
-        with open(path, "rb") as file:
-            module = torch.export.load(file).module()
-        return lambda args, kwargs: _tensors(module(*args, **kwargs))
-
-    return write
-
-
-def _onnx_writer() -> Callable[[ExportedProgram, Any, Path], Call]:
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"{package} is missing: pip install layerprune[export]", name=package
-            ) from error
-    import onnxruntime
-
-    def write(program: ExportedProgram, shapes: Any, path: Path) -> Call:
-        try:
-            # The shapes are in the program; here they give the open dimension its name.
-            made = torch.onnx.export(program, dynamic_shapes=shapes, dynamo=True, verbose=False)
-            made.save(path, external_data=False)
-        except Exception as error:  # of torch.onnx, onnxscript or protobuf
-            raise ExportError(
-                f"torch.onnx does not take this model: {_first_line(error)}"
-            ) from error
-
-        def call(args: tuple, kwargs: dict) -> list[Tensor]:
-            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            names = [entry.name for entry in session.get_inputs()]
-            arrays = [tensor.numpy() for tensor in _tensors((args, kwargs))]
-            found = session.run(None, dict(zip(names, arrays, strict=True)))
-            return [torch.from_numpy(array) for array in found]
-
-        return call
-
-    return write
-
-
-FORMATS = {"torch": _torch_writer, "onnx": _onnx_writer}
-"""By name, what makes the function that writes a program to a path and reads it back."""
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _difference(model: nn.Module, call: Call, inputs: tuple[tuple, dict], path: Path) -> float:
@@ -234,13 +171,13 @@ def _difference(model: nn.Module, call: Call, inputs: tuple[tuple, dict], path: 
         ExportError: they are not, or there are none.
     """
     args, kwargs = inputs
-    expected = _tensors(model(*args, **kwargs))
+    expected = tensors_of(model(*args, **kwargs))
     try:
         found = call(args, kwargs)
     except Exception as error:  # of torch or of onnxruntime, of whatever kind
         raise ExportError(
             f"the exported network does not run with {batch_size_of(inputs)} rows: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in found]:
         raise ExportError(f"the exported network returns outputs of other shapes: no {path}")
