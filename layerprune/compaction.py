@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from layerprune.cost import Inputs, as_call, evaluating
-from layerprune.gates import Gate
 from layerprune.sections import Section, find_sections
-from layerprune.sections.discovery import adapter_of
+from layerprune.sections.discovery import adapter_of, forward_order
 
 _NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 _KEEPS_SIGN = (
@@ -118,42 +117,6 @@ def eliminate_sections(model: nn.Module, names: Iterable[str], example_inputs: I
     return model
 
 
-def gated_dense(
-    dense: nn.Module, compacted: nn.Module, eliminated: Iterable[str], example_inputs: Inputs
-) -> nn.Module:
-    """The dense model with the compacted one's weights and the eliminated sections' gates at 0.
-
-    Args:
-        dense: a dense model of the same builder, changed in place.
-        compacted: the compacted model.
-        eliminated: names of the sections that it lacks.
-        example_inputs: what the models are called with.
-
-    Returns:
-        ``dense``, gated: what `verify` compares the compacted model with.
-
-    Raises:
-        ValueError: if a name is no section, or the two models differ in more than these sections.
-    """
-    sections = {section.name: section for section in find_sections(dense, example_inputs)}
-    allowed = set()
-    for name in eliminated:
-        section = _named(sections, name)
-        kept = tuple(f"{name}.{child}." for child in section.adapter.kept(section.module))
-        keys = (f"{name}.{key}" for key in section.module.state_dict())
-        allowed.update(key for key in keys if not (kept and key.startswith(kept)))
-        gate = Gate(name)
-        gate.is_open = False
-        section.adapter.attach(section.module, gate)
-    missing, unexpected = dense.load_state_dict(compacted.state_dict(), strict=False)
-    if unexpected or set(missing) - allowed:
-        raise ValueError(
-            "the compacted model differs from the dense one in more than its eliminated sections: "
-            f"missing {sorted(set(missing) - allowed)[:3]}, unexpected {sorted(unexpected)[:3]}"
-        )
-    return dense
-
-
 @torch.no_grad()
 def verify(gated: nn.Module, compacted: nn.Module, batches: Iterable[Inputs]) -> float:
     """Largest absolute difference between two models' outputs in evaluation mode.
@@ -212,16 +175,14 @@ def _named(sections: dict[str, Section], name: str) -> Section:
 
 
 def _nonnegative_input(model: nn.Module, name: str) -> bool:
-    """Whether what comes before a module in its `Sequential` puts out no negative value."""
+    """Whether what comes before a module, as far as that is known, puts out no negative value."""
     path, _, key = name.rpartition(".")
     parent = model.get_submodule(path)
-    if type(parent) is not nn.Sequential:
+    order = forward_order(parent)
+    if key not in order:
         return False
-    keys = list(parent._modules)
-    before = keys.index(key)
-    while before > 0:
-        before -= 1
-        module = parent[before]
+    for earlier in reversed(order[: order.index(key)]):
+        module = parent.get_submodule(earlier)
         if type(module) not in _KEEPS_SIGN:
             return _nonnegative_output(module)
     return bool(path) and _nonnegative_input(model, path)

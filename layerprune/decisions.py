@@ -94,7 +94,7 @@ def check_decay(run: RunState, optimizers: Sequence[torch.optim.Optimizer]) -> N
         if group.get("weight_decay", 0) > 0
         for parameter in group["params"]
     }
-    for section in run.sections:
+    for section in (run.sections[index] for index in run.where("open")):
         if any(id(parameter) not in decayed for parameter in section.branch_parameters()):
             raise ValueError(
                 f'rule="attraction" needs weight decay on every parameter of section '

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from layerprune.compaction import remove_sections
 from layerprune.gates import Gate
+from layerprune.renumber import renumber
 from layerprune.sections import Section
 
 
@@ -54,6 +55,12 @@ class Network:
         for model, sections in self._parts:
             held = optimizers if model is self.model else ()
             remove_sections(model, [sections[index] for index in chosen], held)
+
+    def renumber(self, indices: Iterable[int]) -> None:
+        """Closes the gaps that removed sections left; see `renumber.renumber`."""
+        chosen = list(indices)
+        for model, sections in self._parts:
+            renumber(model, [sections[index].name for index in chosen])
 
 
 def _averaged(

@@ -343,11 +343,20 @@ class LayerPruner:
         """A short name of what was decided and drawn so far; the same on all ranks."""
         return digest(self._run)
 
-    def strip(self) -> nn.Module:
+    def strip(self, renumber: bool = False) -> nn.Module:
         """Ends pruning: the same model without gates, of its original classes.
 
         Sections still undecided, where fewer than ``total_steps`` were made, are kept or removed as
         evaluation would have it (theta >= 1/2); an optimizer is not edited then.
+
+        A torchvision ResNet that is renumbered loads into ``torchvision.models.ResNet(block,
+        layers)`` with the smaller numbers of blocks if only blocks without a downsampling shortcut
+        left and each stage has one still; otherwise into `models.torchvision_resnet`.
+
+        Args:
+            renumber: take the empty places out of numbered containers, of the model and of its
+                average, as `renumber` does: names change then, and are no longer those of
+                `structure` and of the events.
         """
         self.close()
         run = self._run
@@ -355,6 +364,10 @@ class LayerPruner:
         left = [i for i, status in enumerate(run.status) if status != "eliminated"]
         self._network.detach(left)
         self._network.remove(closed)
+        for index in closed:
+            run.status[index] = "eliminated"
+        if renumber:
+            self._network.renumber(run.where("eliminated"))
         return self.model
 
     def close(self) -> None:
@@ -364,13 +377,23 @@ class LayerPruner:
             self._step_hook.remove()
 
     def structure(self) -> dict:
-        """The sections and what became of them, as JSON would have it."""
+        """The sections and what became of them, as JSON would have it.
+
+        ``eliminated`` names those that the model lacks, also the ones that `strip` has removed.
+        """
+        present = set(self.model.modules())
         return {
             "sections": [
-                {"name": info.name, "kind": info.kind, "theta": info.theta, "status": info.status}
-                for info in self.sections
+                {
+                    "name": info.name,
+                    "kind": info.kind,
+                    "several_arguments": section.adapter.several_arguments,
+                    "theta": info.theta,
+                    "status": info.status,
+                }
+                for info, section in zip(self.sections, self._run.sections, strict=True)
             ],
-            "eliminated": [info.name for info in self.sections if info.status == "eliminated"],
+            "eliminated": [s.name for s in self._run.sections if s.module not in present],
         }
 
     def state_dict(self) -> dict:
