@@ -12,8 +12,8 @@ from layerprune.training.untrusted import read_torch
 NEEDED = {
     "MultiStepLR": {"milestones": [1, 2, 2]},
     "StepLR": {"step_size": 2},
-    "LambdaLR": {"lr_lambda": abs},
-    "MultiplicativeLR": {"lr_lambda": abs},
+    "LambdaLR": {"lr_lambda": lambda epoch: 1.0},
+    "MultiplicativeLR": {"lr_lambda": lambda epoch: 1.0},
     "ExponentialLR": {"gamma": 0.9},
     "CosineAnnealingLR": {"T_max": 5},
     "CyclicLR": {"base_lr": 0.1, "max_lr": 0.2},
