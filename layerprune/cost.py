@@ -45,6 +45,17 @@ def evaluating(model: nn.Module):
             module.training = training
 
 
+@contextmanager
+def plain_attention():
+    """Keeps torch's Transformer layers from their fused attention of evaluation mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def batch_tensors(inputs: object) -> list[Tensor]:
     """The tensors that may carry the batch: the first one, and all with as many rows."""
     rows = batch_size_of(inputs)
@@ -80,17 +91,19 @@ def dry_run(
             shape[0] = batch_size
         return torch.empty(shape, dtype=leaf.dtype, device="meta")
 
-    state = {name: p.detach().to("meta") for name, p in model.named_parameters()}
-    state |= {name: b.to("meta") for name, b in model.named_buffers()}
+    # One name for every tensor of every module: of two for the same, functional_call would put back
+    # one that is on the meta device.
+    state = {
+        f"{path}.{name}" if path else name: tensor.detach().to("meta")
+        for path, module in model.named_modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
     args, kwargs = as_call(tree_map(to_meta, inputs))
     # torch's fused attention in evaluation mode makes nested tensors, which have no meta form.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), evaluating(model):
-            return functional_call(model, state, args, kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with torch.no_grad(), evaluating(model), plain_attention():
+        return functional_call(model, state, args, kwargs, tie_weights=False)
 
 
 def forward_flops(model: nn.Module, inputs: Inputs) -> dict[str, float]:

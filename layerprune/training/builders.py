@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from layerprune import models
+from layerprune.training.untrusted import what_failed
 
 __all__ = ["Builder", "build_on_meta", "check_kwargs"]
 
@@ -71,7 +72,7 @@ def build_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
                 return models.build(name, **kwargs)
             return _build_torchvision(name.removeprefix(_TORCHVISION), kwargs)
         except Exception as error:  # the arguments are foreign: there is no telling what fails
-            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+            raise ValueError(what_failed(error)) from error
 
 
 def _build_torchvision(name: str, kwargs: Mapping[str, Any]) -> nn.Module:

@@ -227,7 +227,8 @@ def _well_formed_inputs(inputs: Any) -> bool:
     tensors = [entry for entry in entries if "value" not in entry.keys()]
     return (
         all(isinstance(e.get("value"), _PLAIN | None) for e in entries)
-        and all(entry["dtype"] in _DTYPES and len(entry["shape"]) < 10 for entry in tensors)
+        and all(entry["dtype"] in _DTYPES for entry in tensors)
+        and all(isinstance(e["shape"], list) and len(e["shape"]) < 10 for e in tensors)
         and all(type(size) is int and size > 0 for entry in tensors for size in entry["shape"])
         and sum(math.prod(entry["shape"]) for entry in tensors) <= _MOST_ELEMENTS
     )

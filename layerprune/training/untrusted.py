@@ -19,7 +19,15 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["parsed_json", "parsed_yaml", "read_text", "read_torch", "sha256", "tensor_shapes"]
+__all__ = [
+    "parsed_json",
+    "parsed_yaml",
+    "read_text",
+    "read_torch",
+    "sha256",
+    "tensor_shapes",
+    "what_failed",
+]
 
 YAML_LIMIT = 1 << 16
 """Bytes of a YAML file at the most; its parser is slow."""
@@ -50,7 +58,8 @@ _UNREADABLE = (
 
 # What torch.save writes for tensors and plain containers. torch.load itself takes more, among it
 # calls that allocate as much as they are told to.
-_PICKLED = {"collections OrderedDict", "torch Size", "torch device"}
+_PICKLED = {"collections OrderedDict", "collections Counter", "torch Size", "torch device"}
+_PICKLED |= {"__builtin__ set", "__builtin__ complex", "_codecs encode"}
 _PICKLED |= {f"torch._utils {name}" for name in ("_rebuild_tensor_v2", "_rebuild_parameter")}
 _PICKLED |= {
     f"torch {storage.__name__}"
@@ -68,6 +77,11 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read: write the value out")
         return super().compose_node(parent, index)
+
+
+def what_failed(error: BaseException) -> str:
+    """An error's message in one line that is not too long, whatever of the file it repeats."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_text(path: Path, limit: int) -> str:
@@ -98,7 +112,7 @@ def parsed_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except _NOT_YAML as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ValueError(what_failed(error)) from error
 
 
 def sha256(path: Path) -> str:
@@ -124,7 +138,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except SafetensorError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(what_failed(error)) from error
 
 
 def read_torch(path: Path) -> Any:
@@ -133,8 +147,7 @@ def read_torch(path: Path) -> Any:
         check_torch(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        what = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(what) from error
+        raise ValueError(what_failed(error)) from error
 
 
 def check_torch(path: Path) -> None:
