@@ -173,7 +173,8 @@ class Loop:
         session, place = self.session, self.session.place
         self._tally()
         loss, accuracy = self._evaluate(session.model)
-        ema_loss, ema_accuracy = self._evaluate(session.ema)
+        average = None if session.ema is None else session.ema.module
+        ema_loss, ema_accuracy = self._evaluate(average)
         alive, theta = pruning(session)
         spent = session.ledger().fraction
         seen = place.batch * self.recipe.step_rows
