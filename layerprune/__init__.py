@@ -3,8 +3,9 @@
 from layerprune._version import __version__
 from layerprune.compaction import eliminate_sections, verify
 from layerprune.config import PruneConfig
+from layerprune.info import StepReport
 from layerprune.ops import backends
-from layerprune.pruner import LayerPruner, StepReport
+from layerprune.pruner import LayerPruner
 from layerprune.sections import GatedResidual, find_sections
 
 __all__ = [

@@ -103,7 +103,7 @@ class OutputPath:
         model: the model, just ahead of its training forward.
         trained_on: whether the training forward has the section on.
         rng: seed and number that t is drawn by.
-        batch_size: rows of the batch.
+        rows: first and last but one of the batch's rows among those of all ranks, and their number.
         rows_factor: what turns dC/dout of a row into the derivative of the row's own loss.
     """
 
@@ -116,7 +116,7 @@ class OutputPath:
         *,
         trained_on: bool,
         rng: tuple[int, int],
-        batch_size: int,
+        rows: tuple[int, int, int],
         rows_factor: float,
     ) -> None:
         self.index = index
@@ -128,7 +128,8 @@ class OutputPath:
         self._rows_factor = rows_factor
         state = torch.tensor([rng[0] ^ _PATH_STREAM, rng[1], 0], device="cpu")
         every_row = torch.ones(1, device="cpu")
-        self._t = ops.sample_gates(1 - every_row, batch_size, state, every_row).gates[0]
+        first, end, total = rows
+        self._t = ops.sample_gates(1 - every_row, total, state, every_row).gates[0][first:end]
         self._earlier: dict[Gate, deque[Tensor]] = {}
         self._per_row: Tensor | None = None
         self._common: Tensor | None = None

@@ -79,10 +79,6 @@ class StepEvidence:
         here = {name: None if value is None else value.cpu() for name, value in tensors.items()}
         return cls(**{**fields, **here, "measurement": measurement})
 
-    def arrive(self) -> StepEvidence:
-        """Itself: it is here."""
-        return self
-
 
 class PendingEvidence:
     """What one training step said, on its way to the host.
@@ -96,6 +92,7 @@ class PendingEvidence:
         optimizer: the optimizer, which has stepped.
         scaler: the gradient scaler that the losses were scaled by, or None.
         accumulation: number that each micro-batch's loss was divided by.
+        skipped: whether the optimizer's step was left out, where no scaler tells.
     """
 
     def __init__(
@@ -107,6 +104,7 @@ class PendingEvidence:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
         accumulation: int,
+        skipped: bool = False,
     ) -> None:
         self.section = None if measured is None else measured.section
         self._step = step
@@ -114,9 +112,11 @@ class PendingEvidence:
         self._measured = measured
         self._rows_factor = rows_factor
         self._accumulation = accumulation
-        self._scaled = scaler is not None and scaler.is_enabled()
+        self._skipped = skipped
+        # Of a step that was left out anyway nothing need be finite.
+        self._scaled = skipped or (scaler is not None and scaler.is_enabled())
         scale, overflows = [], []
-        if self._scaled:
+        if not skipped and self._scaled:
             # `scaler.get_scale()` would wait for the device, as would any public way of asking
             # whether it skipped the step.
             some = next(p for group in optimizer.param_groups for p in group["params"])
@@ -134,9 +134,14 @@ class PendingEvidence:
             slope, counted = self._gradients.evidence(self._rows_factor, divisor)
         if self._measured is not None:
             measurement = self._measured.get(divisor)
+        skipped = self._skipped or any(overflows)
         return StepEvidence(
-            self._step, slope, counted, self.section, measurement, self._scaled, any(overflows)
+            self._step, slope, counted, self.section, measurement, self._scaled, skipped
         )
+
+
+Pool = Callable[[StepEvidence], StepEvidence]
+"""Makes one rank's evidence of a step that of all ranks."""
 
 
 class EvidenceQueue:
@@ -149,11 +154,15 @@ class EvidenceQueue:
         """Adds a step's evidence."""
         self._waiting.append(evidence)
 
-    def take(self) -> StepEvidence | None:
+    def take(self, pool: Pool) -> StepEvidence | None:
         """The evidence whose turn it is; None in the first steps."""
         if len(self._waiting) <= EVIDENCE_LAG:
             return None
-        return self._waiting.popleft().arrive()
+        return _arrived(self._waiting.popleft(), pool)
+
+    def settle(self, pool: Pool) -> None:
+        """Waits for all of it: what a saved state keeps is the same on all ranks."""
+        self._waiting = deque(_arrived(evidence, pool) for evidence in self._waiting)
 
     def measurements_of(self, section: int | None) -> int:
         """How many measurements of a section are waiting."""
@@ -162,12 +171,11 @@ class EvidenceQueue:
         )
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """All of it.
+        """All of it, which has to be settled.
 
         Raises:
             FloatingPointError: if some of it is not finite: a run could not go on from it.
         """
-        self._waiting = deque(evidence.arrive() for evidence in self._waiting)
         for evidence in self._waiting:
             evidence.check()
         return [asdict(evidence) for evidence in self._waiting]
@@ -175,3 +183,7 @@ class EvidenceQueue:
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Restores what `state_dict` returned."""
         self._waiting = deque(StepEvidence.from_dict(fields) for fields in state)
+
+
+def _arrived(evidence: PendingEvidence | StepEvidence, pool: Pool) -> StepEvidence:
+    return evidence if isinstance(evidence, StepEvidence) else pool(evidence.arrive())

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from layerprune import ops
 from layerprune.cost import batch_size_of
 from layerprune.difference import OutputPath, PendingMeasurement
 from layerprune.evidence import EVIDENCE_LAG
 from layerprune.ledger import BACKWARD
 from layerprune.run import RunState
+from layerprune.wrapping import check_unwrapped
 
 
 class _Hook:
@@ -56,6 +58,8 @@ class Forwards:
         self._branch_flops = branch_flops
         self._path: OutputPath | None = None
         self._batch_size = 0
+        self._is_drawn = False
+        self._measured: int | None = None
         self._spent = [0.0] * len(branch_flops)
         self._handles = [
             model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
@@ -76,36 +80,55 @@ class Forwards:
         return None if path is None else path.result()
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        run = self._run
+        if run.step_count == 0:
+            check_unwrapped(model)  # it may have been sharded since
         if self._path is not None and self._path.waiting:
             # The forward that it was begun for raised: what it noted is of another batch.
             self._path.abandon()
             self._path = None
-        run = self._run
         alive = [
             section.module.training
             for section, status in zip(run.sections, run.status, strict=True)
             if status != "eliminated"
         ]
-        if not (any(alive) if alive else model.training):
-            return
-        self._batch_size = batch_size_of((args, kwargs))
+        if any(alive) if alive else model.training:
+            if not self._is_drawn:
+                self.draw(batch_size_of((args, kwargs)))
+            self._is_drawn = False
+            self._path = self._path or self._begin_path()
+
+    def draw(self, batch_size: int, given: ops.GateDraw | None = None) -> None:
+        """Draws for the next forward in training mode, which then does not.
+
+        Args:
+            batch_size: rows of its batch.
+            given: the gates to use, but in a section that is measured; None to draw them.
+        """
+        self._batch_size = batch_size
+        self._is_drawn = True
         recording = torch.is_grad_enabled()
-        candidate = self._candidate() if recording and self._path is None else None
-        forced = {} if candidate is None else {candidate: self._nearest_end(candidate)}
-        running = self._draw(forced, recording)
+        self._measured = self._candidate() if recording and self._path is None else None
+        running = self._draw(recording, given)
         if recording:
             self._account(running)
-        if candidate is not None:
-            self._path = OutputPath(
-                candidate,
-                run.bank.gates[candidate],
-                run.bank.gates,
-                model,
-                trained_on=forced[candidate] == 1.0,
-                rng=(run.bank.seed, run.bank.draw_number),
-                batch_size=self._batch_size,
-                rows_factor=self._rows_factor(self._batch_size),
-            )
+
+    def _begin_path(self) -> OutputPath | None:
+        run, index = self._run, self._measured
+        self._measured = None
+        if index is None:
+            return None
+        first, total = run.bank.rows_here(self._batch_size)
+        return OutputPath(
+            index,
+            run.bank.gates[index],
+            run.bank.gates,
+            self._model,
+            trained_on=self._nearest_end(index) == 1.0,
+            rng=(run.bank.seed, run.bank.draw_number),
+            rows=(first, first + self._batch_size, total),
+            rows_factor=self._rows_factor(self._batch_size),
+        )
 
     def _candidate(self) -> int | None:
         """The section to measure in this forward."""
@@ -121,12 +144,14 @@ class Forwards:
     def _nearest_end(self, index: int) -> float:
         return 1.0 if float(self._run.bank.theta[index]) >= 0.5 else 0.0
 
-    def _draw(self, forced: dict[int, float], recording: bool) -> list[int]:
+    def _draw(self, recording: bool, given: ops.GateDraw | None) -> list[int]:
         """Hands the gates their draws; returns the rows on which each branch runs."""
         run = self._run
         if not run.where("open"):
             run.bank.open_all()
             return [self._batch_size] * len(run.sections)
+        index = self._measured
+        forced = {} if index is None else {index: self._nearest_end(index)}
         with run.ledger.timed("draw"):
             return run.bank.draw(
                 self._batch_size,
@@ -134,6 +159,7 @@ class Forwards:
                 forced=forced,
                 record=recording,
                 device=next(self._model.parameters()).device,
+                given=given,
             )
 
     def _account(self, running: list[int]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from layerprune import ops
 from layerprune.config import PruneConfig
 from layerprune.gradients import GateGradients
+from layerprune.ranks import Ranks
 from layerprune.transfer import to_device
 
 
@@ -109,9 +110,15 @@ class GateBank:
         names: a name for each section.
         config: how gates are drawn and probed.
         seed: key of the Philox stream.
+        ranks: the processes that draw for a part of each batch; None for this one alone.
+
+    Attributes:
+        widest: rows of the largest batch of any rank so far. No two ranks' rows have one number.
     """
 
-    def __init__(self, names: list[str], config: PruneConfig, seed: int) -> None:
+    def __init__(
+        self, names: list[str], config: PruneConfig, seed: int, ranks: Ranks | None = None
+    ) -> None:
         self.gates = [Gate(name) for name in names]
         for gate in self.gates:
             gate.owned = True
@@ -120,6 +127,8 @@ class GateBank:
         self.probe_rate = torch.zeros(len(names), device="cpu")
         self.seed = seed
         self.draw_number = 0
+        self.widest = 0
+        self._ranks = ranks or Ranks()
         self._pending: list[tuple[dict[int, Tensor], Tensor]] = []
 
     def draw(
@@ -130,6 +139,7 @@ class GateBank:
         forced: dict[int, float] | None = None,
         record: bool = True,
         device: torch.device | str = "cpu",
+        given: ops.GateDraw | None = None,
     ) -> list[int]:
         """Draws every section's gates for one batch and hands them to the gates.
 
@@ -139,6 +149,7 @@ class GateBank:
             forced: theta to use, without probes, for some sections.
             record: whether gate gradients of this draw are evidence.
             device: where the branches run.
+            given: gates to hand on in place of drawn ones, but to the forced sections.
 
         Returns:
             For each section, the number of rows on which its branch runs.
@@ -149,7 +160,8 @@ class GateBank:
             for index, value in forced.items():
                 theta[index] = value
                 probe_rate[index] = 0.0
-        state = torch.tensor([self.seed, self.draw_number, 0], device="cpu")
+        first, _ = self.rows_here(batch_size)
+        state = torch.tensor([self.seed, self.draw_number, first], device="cpu")
         drawn = ops.sample_gates(
             theta,
             batch_size,
@@ -160,6 +172,8 @@ class GateBank:
             scheme=self.config.scheme,
         )
         self.draw_number += 1
+        if given is not None:
+            drawn = _given_but_forced(given, drawn, list(forced or ()))
         everywhere = self.config.estimator == "taylor"
         # One call for all sections wherever possible: a step on small images is short.
         rows, graded_rows, gates, slots = (
@@ -170,15 +184,16 @@ class GateBank:
             )
         )
         counts, thetas = drawn.counts.tolist(), theta.tolist()
+        is_drawn = [given is None or index in (forced or ()) for index in range(len(thetas))]
         leaves: dict[int, Tensor] = {}
         running = []
         for index, (gate, (count, probed)) in enumerate(zip(self.gates, counts, strict=True)):
             graded = count if everywhere else probed
             if index in skip:
                 gate.draw, count = None, batch_size
-            elif thetas[index] == 1 and graded == 0:
+            elif is_drawn[index] and thetas[index] == 1 and graded == 0:
                 gate.draw = True
-            elif thetas[index] == 0 and graded == 0 and self._may_idle():
+            elif is_drawn[index] and thetas[index] == 0 and graded == 0 and self._may_idle():
                 gate.draw, count = False, 0
             else:
                 leaf = gates[index]
@@ -199,8 +214,14 @@ class GateBank:
 
         Not where other ranks wait for its gradients, nor where its weights are to decay.
         """
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return not distributed and self.config.rule != "attraction"
+        return self._ranks.count == 1 and self.config.rule != "attraction"
+
+    def rows_here(self, batch_size: int) -> tuple[int, int]:
+        """The number of this rank's first row, and how many rows the ranks have together."""
+        self.widest = max(self.widest, batch_size)
+        if self._ranks.count == 1:
+            return 0, batch_size
+        return self._ranks.rank * self.widest, self._ranks.count * self.widest
 
     def open_all(self) -> None:
         """Takes every draw away: the gates are open in training mode."""
@@ -224,6 +245,7 @@ class GateBank:
             "probe_rate": self.probe_rate.clone(),
             "seed": self.seed,
             "draw_number": self.draw_number,
+            "widest": self.widest,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -231,4 +253,12 @@ class GateBank:
         self.theta.copy_(state["theta"])
         self.probe_rate.copy_(state["probe_rate"])
         self.seed, self.draw_number = state["seed"], state["draw_number"]
+        self.widest = state["widest"]
         self.advance()
+
+
+def _given_but_forced(given: ops.GateDraw, drawn: ops.GateDraw, forced: list[int]) -> ops.GateDraw:
+    found = [tensor.clone() for tensor in given]
+    for tensor, own in zip(found, drawn, strict=True):
+        tensor[forced] = own[forced]
+    return ops.GateDraw(*found)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
+from layerprune import ops
+from layerprune.agreement import Agreement, digest
 from layerprune.compaction import check_optimizer, remove_sections
 from layerprune.config import Phase, PruneConfig, Schedule
 from layerprune.cost import Inputs, evaluating, forward_flops, relative_costs
@@ -16,57 +20,16 @@ from layerprune.difference import measured_difference
 from layerprune.evidence import PendingEvidence, StepEvidence
 from layerprune.forwards import Forwards
 from layerprune.gates import GateBank
-from layerprune.judge import Event, Judge, Status
+from layerprune.info import SectionInfo, StepReport, table
+from layerprune.judge import Event, Judge
 from layerprune.learner import ThetaLearner
 from layerprune.ledger import Ledger
 from layerprune.prior import penalties
+from layerprune.ranks import Ranks
 from layerprune.run import RunState
 from layerprune.sections import Section, find_sections
 from layerprune.sections.discovery import Ignored
-
-
-@dataclass(frozen=True)
-class SectionInfo:
-    """One of the sections that the model started with.
-
-    Attributes:
-        name: the module's qualified name.
-        kind: ``"residual"``, ``"twin"`` or ``"opaque"``.
-        theta: keep probability.
-        cost: cost by which its penalty was set, in units of the mean section's.
-        penalty: nu, the loss difference that the section must be worth.
-        status: ``"open"``, ``"settled"`` or ``"eliminated"``.
-        parameters: parameters of its branch.
-        flops: operations of one row's forward through its branch.
-    """
-
-    name: str
-    kind: str
-    theta: float
-    cost: float
-    penalty: float
-    status: Status
-    parameters: int
-    flops: float
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one `LayerPruner.step` did.
-
-    Attributes:
-        step: the step's number, from 1.
-        phase: the phase it belonged to.
-        changed: whether the model and the optimizer were compacted.
-        eliminated: names of the sections that left.
-        events: all decisions that fell.
-    """
-
-    step: int
-    phase: Phase
-    changed: bool
-    eliminated: tuple[str, ...]
-    events: tuple[Event, ...]
+from layerprune.wrapping import check_unwrapped, renew
 
 
 class LayerPruner:
@@ -83,8 +46,12 @@ class LayerPruner:
         plain = pruner.strip()
 
     Gates are drawn at every forward in training mode; evaluation is deterministic. A copy of the
-    model, such as an averaged one, is not compacted along: make it in cool-down, or anew when
-    ``report.changed``.
+    model is not compacted along, but for an average of it given as ``ema``.
+
+    With torch.distributed, make the pruner on every rank after ``init_process_group``, then wrap
+    the model in DistributedDataParallel. Each rank draws for its own part of the batch; they learn
+    and decide from the evidence of all. `step`, `draw`, `state_dict` and `load_state_dict` are
+    called on all ranks; losses are means (or sums) over a rank's own rows.
 
     Args:
         model: the model; its sections are gated in place.
@@ -96,10 +63,13 @@ class LayerPruner:
         sections: the sections to gate; ``None`` for all that `find_sections` finds.
         ignored: modules, types or name patterns that `find_sections` leaves out.
         loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over the batch's rows.
+        ema: an average of this model, which is compacted along, and whose sections are open in
+            evaluation where the model's are.
         seed: key of the gates' random stream.
 
     Raises:
         ValueError: if there are no sections, or an argument is out of its range.
+        TypeError: if the model is wrapped or sharded, or ``ema`` is no average.
     """
 
     def __init__(
@@ -114,8 +84,10 @@ class LayerPruner:
         sections: Sequence[Section] | None = None,
         ignored: Ignored = (),
         loss_reduction: str = "mean",
+        ema: AveragedModel | None = None,
         seed: int = 0,
     ) -> None:
+        check_unwrapped(model)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -136,25 +108,29 @@ class LayerPruner:
                     f"section {section.name!r} already has a pruner: call its strip() first"
                 )
         names = [section.name for section in found]
+        self._averaged = _averaged(ema, found)
         flops = forward_flops(model, example_inputs)
         self._branch_flops = [section.branch_flops(flops) for section in found]
         self._parameters = [sum(p.numel() for p in s.branch_parameters()) for s in found]
         costs = relative_costs(cost, names, self._parameters, self._branch_flops)
         self._cost = costs / costs.mean()
         penalty = penalties(strength, costs)
+        self._ranks = Ranks()
         self._run = RunState(
             sections=list(found),
             config=config,
             schedule=schedule,
             penalty=penalty,
-            bank=GateBank(names, config, seed),
+            bank=GateBank(names, config, seed, self._ranks),
             judge=Judge(penalty, config, recheck=schedule.horizon),
             status=["open"] * len(found),
         )
+        self._agreement = Agreement(self._run, self._ranks)
         self._optimizer: torch.optim.Optimizer | None = None
         self._learner = ThetaLearner(self._run)
-        for section, gate in zip(found, self._run.bank.gates, strict=True):
-            section.adapter.attach(section.module, gate)
+        for alike in self._alike():
+            for section, gate in zip(alike, self._run.bank.gates, strict=True):
+                section.adapter.attach(section.module, gate)
         self._learner.allocate_probes()
         self._forwards = Forwards(
             model, self._run, self._rows_factor, flops.get("", 0.0), self._branch_flops
@@ -213,11 +189,33 @@ class LayerPruner:
             for index, section in enumerate(run.sections)
         )
 
+    def draw(self, batch_size: int, drawn: ops.GateDraw | None = None) -> None:
+        """Draws the gates of the next forward in training mode, which otherwise draws its own.
+
+        Args:
+            batch_size: rows of its batch.
+            drawn: gates of all sections that the model started with, from `ops.sample_gates`, to
+                use in place of the pruner's own draw. In a step that measures a section, that
+                section's are replaced.
+
+        Raises:
+            ValueError: if ``drawn`` is of other sections or another batch size.
+        """
+        expected = (len(self._run.sections), batch_size)
+        if drawn is not None and tuple(drawn.gates.shape) != expected:
+            raise ValueError(
+                f"drawn must be of {expected[0]} sections and {batch_size} rows, got gates of "
+                f"shape {list(drawn.gates.shape)}"
+            )
+        self._forwards.draw(batch_size, drawn)
+
     def step(
         self,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None = None,
         accumulation: int = 1,
+        *,
+        skipped: bool = False,
     ) -> StepReport:
         """Ends a training step: moves theta, decides, and compacts model and optimizer.
 
@@ -232,12 +230,16 @@ class LayerPruner:
             scaler: the gradient scaler in use; a step that it skips moves no theta either.
             accumulation: micro-batches of this step, if each one's loss was divided by their
                 number.
+            skipped: that the optimizer's step was left out, as a scaler does that was updated
+                since, or one's own loop. Nothing is learnt from such a step, which counts all the
+                same.
 
         Raises:
             FloatingPointError: if a gate's gradient was not finite in the step before, and no
                 scaler accounts for it.
             TypeError: if the optimizer cannot be compacted, or the scaler is none.
-            RuntimeError: if the scaler has not stepped the optimizer, or was updated since.
+            RuntimeError: if the scaler has not stepped the optimizer, or was updated since; if the
+                ranks' pruners have come apart.
             ValueError: if the optimizer holds none of the model's parameters, or accumulation is
                 not a whole number of at least 1.
         """
@@ -247,12 +249,13 @@ class LayerPruner:
                 raise ValueError(f"accumulation must be a whole number >= 1, got {accumulation!r}")
             if not (scaler is None or isinstance(scaler, torch.amp.GradScaler)):
                 raise TypeError(f"scaler must be a GradScaler or None, got {type(scaler).__name__}")
-            if scaler is not None and scaler.is_enabled():
+            if scaler is not None and scaler.is_enabled() and not skipped:
                 if not scaler._found_inf_per_device(optimizer):
                     raise RuntimeError(
                         "with a scaler, call the pruner's step after scaler.step(optimizer) and "
                         "before scaler.update()"
                     )
+            self._ranks.check()
             if optimizer is None or optimizer is not self._optimizer:
                 check_optimizer(self.model, optimizer)
                 if run.config.rule == "attraction":
@@ -268,9 +271,10 @@ class LayerPruner:
                     optimizer,
                     scaler,
                     accumulation,
+                    skipped,
                 )
             )
-            gone = self._learn(run.evidence.take())
+            gone = self._learn(run.evidence.take(self._agreement.pool))
             if run.step_count + 1 == run.schedule.total_steps:
                 gone += round_by_theta(run, leaving=gone)
             if gone:
@@ -305,6 +309,34 @@ class LayerPruner:
         with evaluating(self.model):
             return measured_difference(self.model, gates[section], loss)
 
+    def rewrap(self, ddp: nn.Module) -> nn.Module:
+        """Renews a DistributedDataParallel whose model was compacted: it expects fewer gradients.
+
+        Call it on all ranks, where ``report.changed``.
+
+        Args:
+            ddp: the wrapper around this pruner's model, or what torch.compile made of it; changed
+                in place.
+
+        Returns:
+            ``ddp``.
+
+        Raises:
+            TypeError: if it is none, or of a kind that cannot be renewed.
+            ValueError: if it holds another model.
+        """
+        wrapper = getattr(ddp, "_orig_mod", ddp)
+        if not isinstance(wrapper, DistributedDataParallel):
+            raise TypeError(f"ddp must be a DistributedDataParallel, got {type(wrapper).__name__}")
+        if wrapper.module is not self.model:
+            raise ValueError("ddp holds another model than this pruner's: pass the one around it")
+        renew(wrapper)
+        return ddp
+
+    def digest(self) -> str:
+        """A short name of what was decided and drawn so far; the same on all ranks."""
+        return digest(self._run)
+
     def strip(self) -> nn.Module:
         """Ends pruning: the same model without gates, of its original classes.
 
@@ -313,11 +345,10 @@ class LayerPruner:
         """
         self.close()
         run = self._run
-        closed = [run.sections[i] for i in run.where("open") if float(run.bank.theta[i]) < 0.5]
-        for section, status in zip(run.sections, run.status, strict=True):
-            if status != "eliminated":
-                section.adapter.detach(section.module)
-        remove_sections(self.model, closed)
+        closed = [i for i in run.where("open") if float(run.bank.theta[i]) < 0.5]
+        left = [i for i, status in enumerate(run.status) if status != "eliminated"]
+        self._detach(left)
+        self._remove(closed)
         return self.model
 
     def close(self) -> None:
@@ -337,10 +368,13 @@ class LayerPruner:
     def state_dict(self) -> dict:
         """Everything a resumed run needs; loads under ``torch.load(weights_only=True)``.
 
+        The same on all ranks, which call it together.
+
         Raises:
             FloatingPointError: if the last step's gate gradients are not finite, and no scaler
                 accounts for it: a run could not go on from there.
         """
+        self._run.evidence.settle(self._agreement.pool)
         return self._run.state_dict() | {"learner": self._learner.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -355,10 +389,9 @@ class LayerPruner:
         run = self._run
         run.load_state_dict(state)
         self._learner.load_state_dict(state["learner"])
-        gone = [run.sections[index] for index in run.where("eliminated")]
-        for section in gone:
-            section.adapter.detach(section.module)
-        remove_sections(self.model, gone)
+        gone = run.where("eliminated")
+        self._detach(gone)
+        self._remove(gone)
 
     def __deepcopy__(self, memo: dict) -> LayerPruner:
         raise TypeError(
@@ -367,13 +400,7 @@ class LayerPruner:
         )
 
     def __str__(self) -> str:
-        width = max(len(info.name) for info in self.sections)
-        lines = [f"{'section':<{width}}  theta  penalty  status"]
-        lines += [
-            f"{info.name:<{width}}  {info.theta:5.2f}  {info.penalty:7.4f}  {info.status}"
-            for info in self.sections
-        ]
-        return "\n".join(lines)
+        return table(self.sections)
 
     def _rows_factor(self, batch_size: int) -> float:
         return float(batch_size) if self.loss_reduction == "mean" else 1.0
@@ -412,9 +439,47 @@ class LayerPruner:
 
     def _eliminate(self, gone: list[int], optimizer: torch.optim.Optimizer) -> None:
         run = self._run
+        self._detach(gone)
         for index in gone:
-            run.sections[index].adapter.detach(run.sections[index].module)
             run.status[index] = "eliminated"
             run.bank.theta[index] = 0.0
-        remove_sections(self.model, [run.sections[index] for index in gone], optimizer)
+        self._remove(gone, optimizer)
         self._learner.weaken()
+
+    def _alike(self) -> list[list[Section]]:
+        """The sections of the model, and those of its average."""
+        return [self._run.sections, *([self._averaged[1]] if self._averaged else [])]
+
+    def _detach(self, indices: Sequence[int]) -> None:
+        for sections in self._alike():
+            for index in indices:
+                sections[index].adapter.detach(sections[index].module)
+
+    def _remove(
+        self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        remove_sections(self.model, [self._run.sections[i] for i in indices], optimizer)
+        if self._averaged is not None:
+            average, sections = self._averaged
+            remove_sections(average, [sections[index] for index in indices])
+
+
+def _averaged(
+    ema: AveragedModel | None, sections: Sequence[Section]
+) -> tuple[nn.Module, list[Section]] | None:
+    """The averaged model and its sections, those of the model itself."""
+    if ema is None:
+        return None
+    if not isinstance(ema, AveragedModel):
+        raise TypeError(
+            "ema must be a torch.optim.swa_utils.AveragedModel of the model, got "
+            f"{type(ema).__name__}"
+        )
+    there = dict(ema.module.named_modules(remove_duplicate=False))
+    for section in sections:
+        if type(there.get(section.name)) is not type(section.module):
+            raise ValueError(
+                f"ema is an average of another model: it has no section {section.name!r} like the "
+                "model's"
+            )
+    return ema.module, [replace(section, module=there[section.name]) for section in sections]

@@ -14,7 +14,7 @@ from layerprune.judge import Event, Judge, Status
 from layerprune.ledger import Ledger
 from layerprune.sections import Section
 
-FORMAT = 2
+FORMAT = 3
 """Version of `RunState.state_dict`."""
 
 

@@ -2,12 +2,13 @@
 
 import copy
 import io
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from layerprune import GatedResidual, LayerPruner, PruneConfig
+from layerprune import GatedResidual, LayerPruner, PruneConfig, ops
 from layerprune.gates import Gate, GateBank, SectionDraw
 
 ROWS = 24
@@ -110,9 +111,9 @@ def test_another_seed_draws_otherwise():
     assert drawn[0].equal(drawn[2]) and not drawn[0].equal(drawn[1])
 
 
-def _bank(theta, rate=0.0, **config):
+def _bank(theta, rate=0.0, ranks=None, **config):
     """A bank of one section for each theta."""
-    bank = GateBank([f"s{k}" for k in range(len(theta))], PruneConfig(**config), seed=1)
+    bank = GateBank([f"s{k}" for k in range(len(theta))], PruneConfig(**config), 1, ranks)
     bank.theta.copy_(torch.tensor(theta))
     bank.probe_rate.fill_(rate)
     return bank
@@ -153,10 +154,59 @@ def test_the_attraction_rule_keeps_every_branch_running():
     assert running[0] == 4 and not bank.gates[0].draw.gate.any()
 
 
-def test_other_ranks_are_not_kept_waiting(monkeypatch):
+@dataclass
+class OneOf:
+    """One of several ranks, without the others."""
+
+    rank: int
+    count: int
+
+
+def test_other_ranks_are_not_kept_waiting():
     """Where gradients are exchanged, every branch has some on every rank."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert _bank([0.0], min_rows=4).draw(ROWS) == [4]
+    assert _bank([0.0], ranks=OneOf(1, 2), min_rows=4).draw(ROWS) == [4]
+
+
+@pytest.mark.parametrize("scheme", ["systematic", "independent"])
+def test_ranks_have_equal_loads_and_draws_of_their_own(scheme):
+    """Equal numbers of rows and probes on all ranks; no rank repeats another's draw."""
+    config = {"rate": 0.1, "scheme": scheme, "min_rows": 1}
+    banks = [_bank([0.3, 0.7, 0.5], ranks=OneOf(rank, 3), **config) for rank in range(3)]
+    running = [bank.draw(ROWS) for bank in banks]
+    gates = [torch.stack([gate.draw.gate for gate in bank.gates]).detach() for bank in banks]
+    assert not gates[0].equal(gates[1]) and not gates[1].equal(gates[2])
+    if scheme == "systematic":
+        assert running[0] == running[1] == running[2]
+        probes = [[len(gate.draw.probes) for gate in bank.gates] for bank in banks]
+        assert probes[0] == probes[1] == probes[2] and probes[0][0] > 0
+    else:
+        # Rows are drawn one by one: together the ranks draw what one would.
+        alone = _bank([0.3, 0.7, 0.5], **config)
+        alone.draw(3 * ROWS)
+        expected = torch.stack([gate.draw.gate for gate in alone.gates]).detach()
+        assert torch.cat(gates, 1).equal(expected)
+
+
+def test_rows_of_ranks_with_unequal_batches_have_numbers_of_their_own():
+    banks = [_bank([0.5], ranks=OneOf(rank, 2)) for rank in range(2)]
+    for bank, rows in zip(banks, (ROWS, ROWS // 4), strict=True):
+        bank.draw(rows)
+        bank.widest = ROWS  # as the ranks have agreed by the step's end
+    ranges = [bank.rows_here(rows) for bank, rows in zip(banks, (ROWS, ROWS // 4), strict=True)]
+    assert ranges == [(0, 2 * ROWS), (ROWS, 2 * ROWS)]
+
+
+def test_given_gates_are_used_but_in_a_forced_section():
+    bank = _bank([0.5, 0.5, 0.5], rate=0.25)
+    state = torch.tensor([9, 4, 0])
+    given = ops.sample_gates(torch.tensor([0.2, 0.9, 1.0]), ROWS, state, torch.zeros(3))
+    bank.draw(ROWS, given=given, forced={1: 1.0})
+    for index in (0, 2):
+        draw = bank.gates[index].draw
+        count = int(given.counts[index, 0])
+        assert draw.gate.equal(given.gates[index]) and draw.slot.equal(given.slots[index])
+        assert draw.rows.equal(given.rows[index, :count]) and not len(draw.probes)
+    assert bank.gates[1].draw is True
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

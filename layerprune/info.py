@@ -1,0 +1,63 @@
+"""What a pruner tells: about its sections, and about what a step did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerprune.config import Phase
+from layerprune.judge import Event, Status
+
+
+@dataclass(frozen=True)
+class SectionInfo:
+    """One of the sections that the model started with.
+
+    Attributes:
+        name: the module's qualified name.
+        kind: ``"residual"``, ``"twin"`` or ``"opaque"``.
+        theta: keep probability.
+        cost: cost by which its penalty was set, in units of the mean section's.
+        penalty: nu, the loss difference that the section must be worth.
+        status: ``"open"``, ``"settled"`` or ``"eliminated"``.
+        parameters: parameters of its branch.
+        flops: operations of one row's forward through its branch.
+    """
+
+    name: str
+    kind: str
+    theta: float
+    cost: float
+    penalty: float
+    status: Status
+    parameters: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one `LayerPruner.step` did.
+
+    Attributes:
+        step: the step's number, from 1.
+        phase: the phase it belonged to.
+        changed: whether the model and the optimizer were compacted.
+        eliminated: names of the sections that left.
+        events: all decisions that fell.
+    """
+
+    step: int
+    phase: Phase
+    changed: bool
+    eliminated: tuple[str, ...]
+    events: tuple[Event, ...]
+
+
+def table(sections: tuple[SectionInfo, ...]) -> str:
+    """The sections, one a line, in plain text."""
+    width = max(len(info.name) for info in sections)
+    lines = [f"{'section':<{width}}  theta  penalty  status"]
+    lines += [
+        f"{info.name:<{width}}  {info.theta:5.2f}  {info.penalty:7.4f}  {info.status}"
+        for info in sections
+    ]
+    return "\n".join(lines)

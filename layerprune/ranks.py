@@ -1,0 +1,57 @@
+"""The processes that train one model together, and how they come to know the same.
+
+Decisions fall on the host of every rank, from the same numbers. They travel by a gloo group of
+their own: no accelerator waits for them, and they do not mix with the gradients' collectives.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch import distributed as dist
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+class Ranks:
+    """The ranks of the default process group, or the one process there is without.
+
+    Made on all ranks at the same time.
+
+    Attributes:
+        count: number of ranks.
+        rank: this one's number.
+    """
+
+    def __init__(self) -> None:
+        self.count = dist.get_world_size() if _joined() else 1
+        self.rank = dist.get_rank() if _joined() else 0
+        self._group = dist.new_group(backend="gloo") if self.count > 1 else None
+
+    def check(self) -> None:
+        """Refuses a process group that came after the ranks were counted.
+
+        Raises:
+            RuntimeError: if there are more ranks than were counted.
+        """
+        if _joined() and dist.get_world_size() != self.count:
+            raise RuntimeError(
+                f"torch.distributed has {dist.get_world_size()} ranks, but the pruner was made for "
+                f"{self.count}: call torch.distributed.init_process_group before making it"
+            )
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """What every rank has, in their order; all ranks call it together.
+
+        Args:
+            numbers: ``[N]`` on the host, of the same size on all ranks.
+
+        Returns:
+            ``[ranks, N]``, the same on all ranks.
+        """
+        if self.count == 1:
+            return numbers[None]
+        found = numbers.new_empty(self.count, numbers.shape[0])
+        dist.all_gather(list(found.unbind()), numbers, group=self._group)
+        return found
