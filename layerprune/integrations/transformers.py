@@ -1,0 +1,280 @@
+"""`LayerPruningCallback`: the pruner as a callback of transformers' Trainer."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import find_labels
+
+from layerprune.cost import Inputs
+from layerprune.integrations.steps import StepFollower, absent, check_options, metrics
+from layerprune.pruner import LayerPruner
+
+__all__ = ["PRUNER_FILE", "LayerPruningCallback"]
+
+PRUNER_FILE = "layerprune_pruner.pt"
+"""The pruner's state in each of the Trainer's checkpoints."""
+
+_EXAMPLE_ROWS = 2
+
+
+class LayerPruningCallback(TrainerCallback):
+    """Prunes the Trainer's model while it is trained::
+
+        pruning = LayerPruningCallback(strength=0.01)
+        trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[pruning])
+        trainer.train(resume_from_checkpoint=pruning.resume(trainer))
+
+    The model is plain again when ``train`` returns; its ``config.layerprune_eliminated`` names the
+    sections that it lost, here and in every checkpoint.
+
+    Args:
+        example_inputs: what the model is called with; None for the first rows of the train dataset,
+            as the Trainer collates them, without labels.
+        options: further arguments of `LayerPruner`, of which ``strength`` must be given.
+
+    Attributes:
+        pruner: the pruner, from the start of ``train``; still there when it has ended.
+
+    Raises:
+        TypeError: for an unknown option, or without ``strength``.
+    """
+
+    def __init__(self, *, example_inputs: Inputs | None = None, **options: Any) -> None:
+        check_options(options)
+        self.example_inputs = example_inputs
+        self.options = options
+        self.pruner: LayerPruner | None = None
+        self._stripped = False
+        self._steps: StepFollower | None = None
+
+    def resume(
+        self, trainer: Trainer, checkpoint: str | os.PathLike[str] | None = None
+    ) -> str | None:
+        """Gives the trainer's model the structure that a checkpoint's weights have.
+
+        The Trainer loads weights and makes its optimizer before it calls any callback.
+
+        Args:
+            trainer: made with a dense model and this callback.
+            checkpoint: a checkpoint's folder; None for the newest in ``args.output_dir``.
+
+        Returns:
+            What to give to ``trainer.train(resume_from_checkpoint=...)``: the folder, or None where
+            there is no checkpoint yet.
+
+        Raises:
+            ValueError: if the checkpoint lacks the pruner's state, or is damaged, or of another
+                model or configuration.
+        """
+        folder = _newest(trainer.args.output_dir) if checkpoint is None else Path(checkpoint)
+        if folder is None:
+            return None
+        state = _read(folder / PRUNER_FILE)
+        self._make(trainer.model, trainer.args, trainer.get_train_dataloader(), state)
+        return str(folder)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train_dataloader: DataLoader,
+        **kwargs: Any,
+    ) -> None:
+        """Makes the pruner, if `resume` has not, and follows the optimizer.
+
+        Raises:
+            ValueError: if the Trainer's settings do not go with pruning.
+            RuntimeError: if the Trainer goes on from a checkpoint without `resume`.
+        """
+        _check(args)
+        if self.pruner is None or self._stripped or self.pruner.model is not model:
+            if state.global_step:
+                raise RuntimeError(
+                    "the Trainer goes on from a checkpoint, but the pruner does not: call "
+                    "trainer.train(resume_from_checkpoint=pruning.resume(trainer)), with a Trainer "
+                    "that was given a model, not model_init"
+                )
+            self._make(model, args, train_dataloader, {"total_steps": state.max_steps})
+        if (self.pruner.step_count, self.pruner.total_steps) != (
+            state.global_step,
+            state.max_steps,
+        ):
+            raise RuntimeError(
+                f"the Trainer is at step {state.global_step} of {state.max_steps}, the pruner at "
+                f"{self.pruner.step_count} of {self.pruner.total_steps}: resume from the same "
+                "checkpoint, with the same settings"
+            )
+        wrapped = isinstance(optimizer, AcceleratedOptimizer)
+        self._steps = StepFollower(
+            self.pruner,
+            optimizer.optimizer if wrapped else optimizer,
+            optimizer.scaler if wrapped else None,
+        )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begins to count micro-batches: an epoch's last step may have fewer of them."""
+        self._steps.accumulation = 1
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Counts a micro-batch."""
+        self._steps.accumulation += 1
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Ends the pruner's step."""
+        if self._steps.finish().changed:
+            self._note(model, self.pruner.structure()["eliminated"])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Adds the pruner's metrics to what was logged in training."""
+        if self._steps is not None:
+            found = metrics(self.pruner)
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Puts the pruner's state into the checkpoint that the Trainer has just written."""
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        temporary = folder / f".{PRUNER_FILE}.tmp"
+        with temporary.open("wb") as file:
+            torch.save(self.pruner.state_dict(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / PRUNER_FILE)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Makes the model a plain one."""
+        self._steps.close()
+        self._steps = None
+        self.pruner.strip()
+        self._stripped = True
+        self._note(model, absent(self.pruner.structure()))
+
+    def _make(
+        self, model: nn.Module, args: TrainingArguments, loader: DataLoader, state: Mapping
+    ) -> None:
+        inputs = self.example_inputs
+        if inputs is None:
+            inputs = _first_rows(loader, model, args)
+        self.pruner = LayerPruner(
+            model, example_inputs=inputs, total_steps=state["total_steps"], **self.options
+        )
+        self._stripped = False
+        if "step_count" in state:
+            self.pruner.load_state_dict(state)
+
+    def _note(self, model: nn.Module, eliminated: list[str]) -> None:
+        if hasattr(model, "config"):
+            model.config.layerprune_eliminated = eliminated
+
+
+def _check(args: TrainingArguments) -> None:
+    if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
+        raise ValueError(
+            "LayerPruningCallback works on one device only, since the Trainer does not show its "
+            "callbacks what it wrapped around the model; under DDP use LayerPruner in a loop of "
+            "your own, or Lightning's callback"
+        )
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end would load weights into a model that has lost sections since: "
+            "leave it out, and rebuild the checkpoint's model by its config.layerprune_eliminated"
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size begins anew with a model that may have lost sections: set "
+            "per_device_train_batch_size"
+        )
+
+
+def _first_rows(loader: DataLoader, model: nn.Module, args: TrainingArguments) -> dict[str, Any]:
+    """The model's inputs in the first rows of a data set; no sampler draws for it."""
+    try:
+        count = min(_EXAMPLE_ROWS, len(loader.dataset))
+        batch = loader.collate_fn([loader.dataset[index] for index in range(count)])
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"no row of the train dataset can be looked up ({error}): give example_inputs"
+        ) from error
+    parameters = inspect.signature(type(model).forward).parameters
+    labels = args.label_names or find_labels(type(model))
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and len(parameters) == 2
+    return {
+        name: value
+        for name, value in batch.items()
+        if (takes_all or name in parameters) and name not in labels
+    }
+
+
+def _newest(output_dir: str) -> Path | None:
+    numbered = {
+        int(folder.name.rpartition("-")[2]): folder
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if folder.name.rpartition("-")[2].isdecimal()
+    }
+    folders = [numbered[step] for step in sorted(numbered)]
+    complete = [folder for folder in folders if (folder / PRUNER_FILE).is_file()]
+    if folders and not complete:
+        raise ValueError(
+            f"no checkpoint in {output_dir} has {PRUNER_FILE}: they were made without "
+            "LayerPruningCallback. Take another output_dir"
+        )
+    return complete[-1] if complete else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"missing file {path}: the checkpoint is incomplete, or was made without "
+            "LayerPruningCallback"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged or cut short: {what}") from error
