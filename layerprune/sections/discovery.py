@@ -36,10 +36,14 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 
 @dataclass(frozen=True)
 class _Call:
-    """Shapes of one module's call: by position or name, and of its result."""
+    """Shapes of one module's call: by position or name, and of its result.
+
+    Arguments that are no tensors have no shape, and count.
+    """
 
     arguments: dict[int | str, tuple[int, ...]]
     result: tuple[int, ...] | None
+    count: int
 
 
 def find_sections(model: nn.Module, example_inputs: Inputs, ignored: Ignored = ()) -> list[Section]:
@@ -136,7 +140,7 @@ def _recorded_calls(model: nn.Module, inputs: Inputs) -> dict[str, list[_Call]]:
             given = dict(enumerate(args)) | kwargs
             shapes = {k: tuple(v.shape) for k, v in given.items() if isinstance(v, Tensor)}
             out = tuple(result.shape) if isinstance(result, Tensor) else None
-            calls.setdefault(name, []).append(_Call(shapes, out))
+            calls.setdefault(name, []).append(_Call(shapes, out, len(given)))
 
         return hook
 
@@ -193,4 +197,4 @@ def _opaque_adapter(module: nn.Module, calls: list[_Call]) -> OpaqueAdapter | No
         batched.add(key)
     if 0 not in batched or second.result != second.arguments[0]:
         return None
-    return OpaqueAdapter(frozenset(batched), len(first.arguments) > 1)
+    return OpaqueAdapter(frozenset(batched), first.count > 1)
