@@ -20,7 +20,9 @@ _STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
 
 class LayerPruning(Callback):
-    """Prunes a part of a LightningModule while it is trained::
+    """Prunes a part of a LightningModule while it is trained.
+
+    Use it as any callback::
 
         pruning = LayerPruning(module="model", example_inputs=x, strength=0.01)
         Trainer(max_epochs=10, callbacks=[pruning]).fit(net, loader)

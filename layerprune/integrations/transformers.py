@@ -30,7 +30,9 @@ _EXAMPLE_ROWS = 2
 
 
 class LayerPruningCallback(TrainerCallback):
-    """Prunes the Trainer's model while it is trained::
+    """Prunes the Trainer's model while it is trained.
+
+    Use it as any callback; `resume` is for checkpoints::
 
         pruning = LayerPruningCallback(strength=0.01)
         trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[pruning])
@@ -209,8 +211,14 @@ class LayerPruningCallback(TrainerCallback):
             self.pruner.load_state_dict(state)
 
     def _note(self, model: nn.Module, eliminated: list[str]) -> None:
+        """Names in the model's configuration what it has lost, in this run and in earlier ones."""
         if hasattr(model, "config"):
-            model.config.layerprune_eliminated = eliminated
+            known = {info.name for info in self.pruner.sections}
+            earlier = getattr(model.config, "layerprune_eliminated", [])
+            model.config.layerprune_eliminated = [
+                *(name for name in earlier if name not in known),
+                *eliminated,
+            ]
 
 
 def _check(args: TrainingArguments) -> None:
