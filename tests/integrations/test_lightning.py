@@ -2,7 +2,11 @@
 
 import contextlib
 import copy
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -363,3 +367,17 @@ def test_a_module_whose_training_step_calls_itself(tmp_path):
     _trainer(tmp_path, [pruning]).fit(Selfish(), _loader())
     assert [s.name for s in pruning.pruner.sections] == [f"model.{k}" for k in range(2, 7)]
     assert pruning.pruner.structure()["eliminated"]
+
+
+@pytest.mark.slow
+def test_two_ranks_decide_alike_and_go_on_bit_for_bit(tmp_path):
+    """DDP would wait for the gradients of what left, if its wrapper were not renewed."""
+    script = Path(__file__).with_name("lightning_two_ranks.py")
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    whole, resumed, steps = ranks[0]
+    assert whole == resumed and whole[1]["eliminated"]
+    at_checkpoint = 4 * BATCHES // 2
+    assert min(steps) <= at_checkpoint < max(steps)
