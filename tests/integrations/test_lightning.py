@@ -20,6 +20,7 @@ L = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy  # noqa: E402
 
 from layerprune.integrations.lightning import LayerPruning  # noqa: E402
 
@@ -315,6 +316,10 @@ def test_a_checkpoint_without_the_pruner_is_not_resumed(tmp_path):
         pruned.fit(Net(), _loader(), ckpt_path=tmp_path / "dense.ckpt")
 
 
+class DeepSpeedLike(DDPStrategy):
+    """DeepSpeed's strategy derives from DDP's, and shards."""
+
+
 class _Manual(Net):
     def __init__(self):
         super().__init__()
@@ -336,13 +341,28 @@ class _Elsewhere(Net):
         (_Elsewhere, {}, {}, "has not called the pruned module, its 'model'"),
         (Net, {"module": "encoder"}, {}, r"no module 'encoder', but \['model'\]"),
         (Net, {}, {"max_epochs": -1}, "number of training steps is unknown"),
-        (Net, {}, {"strategy": "fsdp", "devices": 1}, "FSDP|CPU"),
-        (Net, {"module": ""}, {"strategy": "ddp", "devices": 1}, "name it in `module`"),
     ],
 )
 def test_refusals(tmp_path, net, callback, trainer, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         _trainer(tmp_path, [LayerPruning(**OPTIONS, **callback)], **trainer).fit(net(), _loader())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "module", "message"),
+    [
+        (FSDPStrategy, "model", "not work with FSDPStrategy: use SingleDeviceStrategy or DDPStr"),
+        (DeepSpeedLike, "model", "not work with DeepSpeedLike"),
+        (DDPStrategy, "", "name it in `module`"),
+    ],
+)
+def test_strategies_are_refused(tmp_path, strategy, module, message):
+    """Asked directly: a fit would have begun with a process group."""
+    pruning = LayerPruning(module=module, **OPTIONS)
+    trainer = _trainer(tmp_path, [pruning])
+    trainer._accelerator_connector.strategy = strategy()
+    with pytest.raises(ValueError, match=message):
+        pruning.setup(trainer, Net(), "fit")
 
 
 def test_weight_averaging_is_refused(tmp_path):
