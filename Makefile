@@ -32,6 +32,10 @@ WATCHED = ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$(CURDIR)/$(SANITIZED)" LD_PRE
 # torch.compile does not build its C++ under these settings.
 NO_INDUCTOR := "not inductor"
 OLDEST_TORCH := 2.10.0
+# Tests in so many processes, of one thread each (needs pytest-xdist); none: in this one.
+JOBS ?=
+SHARED = $(if $(JOBS),-n $(JOBS) --dist loadscope)
+SINGLE = $(if $(JOBS),OMP_NUM_THREADS=1)
 OLDEST_VENV := .venv-oldest
 # Of gpu-check: which of its parts are run, and the folder that the measurements go to.
 PARTS ?= build tests sanitizer benchmark
@@ -41,6 +45,7 @@ RESULTS ?=
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "JOBS=2 runs tests in two processes at a time (pytest-xdist)."
 	@echo "With 'PYTHON=python3 VENV=' they run in the active Python and install nothing, but for"
 	@echo "gpu-check, which builds layerprune there; its parts are PARTS=\"$(PARTS)\"."
 
@@ -48,9 +53,10 @@ demo: $(READY)  ## train and prune on images of digits, a minute or two; writes 
 	$(RUN) -m layerprune demo --output runs/demo
 
 test: $(READY)  ## run the tests; those of the operations on each of their implementations
-	$(RUN) -m pytest
+	$(SINGLE) $(RUN) -m pytest $(SHARED)
 	ATEN_CPU_CAPABILITY=default $(RUN) -m pytest tests/ops -k $(NO_INDUCTOR)
-	TRITON_INTERPRET=1 LAYERPRUNE_BACKEND=eager $(RUN) -m pytest tests/ops tests/gpu/operators
+	TRITON_INTERPRET=1 LAYERPRUNE_BACKEND=eager $(SINGLE) $(RUN) -m pytest $(SHARED) \
+	    tests/ops tests/gpu/operators
 
 # From within tests/, the tree's own layerprune does not come before the one that is meant. Of the
 # emulated CUDA kernels those for the widest and the narrowest elements: the others are like them.

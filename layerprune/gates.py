@@ -114,6 +114,8 @@ class GateBank:
 
     Attributes:
         widest: rows of the largest batch of any rank so far. No two ranks' rows have one number.
+        idle: sections that no row has needed in a recorded draw since the last `collect`; None
+            without such a draw.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class GateBank:
         self.seed = seed
         self.draw_number = 0
         self.widest = 0
+        self.idle: frozenset[int] | None = None
         self._ranks = ranks or Ranks()
         self._pending: list[tuple[dict[int, Tensor], Tensor]] = []
 
@@ -186,14 +189,16 @@ class GateBank:
         counts, thetas = drawn.counts.tolist(), theta.tolist()
         is_drawn = [given is None or index in (forced or ()) for index in range(len(thetas))]
         leaves: dict[int, Tensor] = {}
-        running = []
+        running, idle = [], set()
         for index, (gate, (count, probed)) in enumerate(zip(self.gates, counts, strict=True)):
             graded = count if everywhere else probed
+            if is_drawn[index] and thetas[index] == 0 and graded == 0 and self._may_idle():
+                idle.add(index)
             if index in skip:
                 gate.draw, count = None, batch_size
             elif is_drawn[index] and thetas[index] == 1 and graded == 0:
                 gate.draw = True
-            elif is_drawn[index] and thetas[index] == 0 and graded == 0 and self._may_idle():
+            elif index in idle and self._ranks.count == 1:
                 gate.draw, count = False, 0
             else:
                 leaf = gates[index]
@@ -203,6 +208,8 @@ class GateBank:
                     leaf, slots[index], rows[index][:count], graded_rows[index][:graded]
                 )
             running.append(count)
+        if record:
+            self.idle = frozenset(idle if self.idle is None else idle & self.idle)
         if leaves:
             # A probe's gate lies strictly between 0 and 1, and no other does.
             probes = (drawn.gates > 0) & (drawn.gates < 1)
@@ -210,11 +217,11 @@ class GateBank:
         return running
 
     def _may_idle(self) -> bool:
-        """Whether a branch that no row needs may be left out.
+        """Whether a branch that no row needs may go without training: not if it is to decay.
 
-        Not where other ranks wait for its gradients, nor where its weights are to decay.
+        Where other ranks wait for its gradients it runs on a few rows, and its gradients go.
         """
-        return self._ranks.count == 1 and self.config.rule != "attraction"
+        return self.config.rule != "attraction"
 
     def rows_here(self, batch_size: int) -> tuple[int, int]:
         """The number of this rank's first row, and how many rows the ranks have together."""
@@ -230,6 +237,7 @@ class GateBank:
 
     def collect(self) -> GateGradients | None:
         """Gate gradients of the draws since the last call, or None without a draw."""
+        self.idle = None
         draws, self._pending = self._pending, []
         return GateGradients(draws) if draws else None
 

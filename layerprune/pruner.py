@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from layerprune import ops
 from layerprune.agreement import Agreement, digest
-from layerprune.compaction import check_optimizer, remove_sections
+from layerprune.compaction import check_optimizer
 from layerprune.config import Phase, PruneConfig, Schedule
 from layerprune.cost import Inputs, evaluating, forward_flops, relative_costs
 from layerprune.decisions import apply_verdict, attracted, check_decay, round_by_theta
@@ -20,10 +19,12 @@ from layerprune.difference import measured_difference
 from layerprune.evidence import PendingEvidence, StepEvidence
 from layerprune.forwards import Forwards
 from layerprune.gates import GateBank
+from layerprune.idle import drop_idle_gradients
 from layerprune.info import SectionInfo, StepReport, table
 from layerprune.judge import Event, Judge
 from layerprune.learner import ThetaLearner
 from layerprune.ledger import Ledger
+from layerprune.network import Network
 from layerprune.prior import penalties
 from layerprune.ranks import Ranks
 from layerprune.run import RunState
@@ -108,7 +109,7 @@ class LayerPruner:
                     f"section {section.name!r} already has a pruner: call its strip() first"
                 )
         names = [section.name for section in found]
-        self._averaged = _averaged(ema, found)
+        self._network = Network(model, found, ema)
         flops = forward_flops(model, example_inputs)
         self._branch_flops = [section.branch_flops(flops) for section in found]
         self._parameters = [sum(p.numel() for p in s.branch_parameters()) for s in found]
@@ -127,10 +128,9 @@ class LayerPruner:
         )
         self._agreement = Agreement(self._run, self._ranks)
         self._optimizer: torch.optim.Optimizer | None = None
+        self._step_hook = drop_idle_gradients(self._run) if self._ranks.count > 1 else None
         self._learner = ThetaLearner(self._run)
-        for alike in self._alike():
-            for section, gate in zip(alike, self._run.bank.gates, strict=True):
-                section.adapter.attach(section.module, gate)
+        self._network.attach(self._run.bank.gates)
         self._learner.allocate_probes()
         self._forwards = Forwards(
             model, self._run, self._rows_factor, flops.get("", 0.0), self._branch_flops
@@ -347,13 +347,15 @@ class LayerPruner:
         run = self._run
         closed = [i for i in run.where("open") if float(run.bank.theta[i]) < 0.5]
         left = [i for i, status in enumerate(run.status) if status != "eliminated"]
-        self._detach(left)
-        self._remove(closed)
+        self._network.detach(left)
+        self._network.remove(closed)
         return self.model
 
     def close(self) -> None:
         """Takes the hooks off the model and opens the gates in training mode."""
         self._forwards.close()
+        if self._step_hook is not None:
+            self._step_hook.remove()
 
     def structure(self) -> dict:
         """The sections and what became of them, as JSON would have it."""
@@ -390,8 +392,8 @@ class LayerPruner:
         run.load_state_dict(state)
         self._learner.load_state_dict(state["learner"])
         gone = run.where("eliminated")
-        self._detach(gone)
-        self._remove(gone)
+        self._network.detach(gone)
+        self._network.remove(gone)
 
     def __deepcopy__(self, memo: dict) -> LayerPruner:
         raise TypeError(
@@ -439,47 +441,9 @@ class LayerPruner:
 
     def _eliminate(self, gone: list[int], optimizer: torch.optim.Optimizer) -> None:
         run = self._run
-        self._detach(gone)
+        self._network.detach(gone)
         for index in gone:
             run.status[index] = "eliminated"
             run.bank.theta[index] = 0.0
-        self._remove(gone, optimizer)
+        self._network.remove(gone, optimizer)
         self._learner.weaken()
-
-    def _alike(self) -> list[list[Section]]:
-        """The sections of the model, and those of its average."""
-        return [self._run.sections, *([self._averaged[1]] if self._averaged else [])]
-
-    def _detach(self, indices: Sequence[int]) -> None:
-        for sections in self._alike():
-            for index in indices:
-                sections[index].adapter.detach(sections[index].module)
-
-    def _remove(
-        self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None = None
-    ) -> None:
-        remove_sections(self.model, [self._run.sections[i] for i in indices], optimizer)
-        if self._averaged is not None:
-            average, sections = self._averaged
-            remove_sections(average, [sections[index] for index in indices])
-
-
-def _averaged(
-    ema: AveragedModel | None, sections: Sequence[Section]
-) -> tuple[nn.Module, list[Section]] | None:
-    """The averaged model and its sections, those of the model itself."""
-    if ema is None:
-        return None
-    if not isinstance(ema, AveragedModel):
-        raise TypeError(
-            "ema must be a torch.optim.swa_utils.AveragedModel of the model, got "
-            f"{type(ema).__name__}"
-        )
-    there = dict(ema.module.named_modules(remove_duplicate=False))
-    for section in sections:
-        if type(there.get(section.name)) is not type(section.module):
-            raise ValueError(
-                f"ema is an average of another model: it has no section {section.name!r} like the "
-                "model's"
-            )
-    return ema.module, [replace(section, module=there[section.name]) for section in sections]

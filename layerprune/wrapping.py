@@ -36,10 +36,12 @@ def _is_sharded(model: nn.Module) -> bool:
     """Whether FSDP, of either version, or tensor parallelism divides its parameters."""
     if not dist.is_available():
         return False
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
+    # Within its forward an FSDPModule has plain parameters.
+    sharded = (FSDPModule, FullyShardedDataParallel)
+    return any(isinstance(module, sharded) for module in model.modules()) or any(
         isinstance(parameter, DTensor) for parameter in model.parameters()
     )
 

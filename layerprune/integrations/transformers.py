@@ -66,7 +66,8 @@ class LayerPruningCallback(TrainerCallback):
     ) -> str | None:
         """Gives the trainer's model the structure that a checkpoint's weights have.
 
-        The Trainer loads weights and makes its optimizer before it calls any callback.
+        The Trainer loads weights and makes its optimizer before it calls any callback. Also puts
+        this callback ahead of those that report, which then have its metrics.
 
         Args:
             trainer: made with a dense model and this callback.
@@ -77,9 +78,14 @@ class LayerPruningCallback(TrainerCallback):
             there is no checkpoint yet.
 
         Raises:
-            ValueError: if the checkpoint lacks the pruner's state, or is damaged, or of another
-                model or configuration.
+            ValueError: if the trainer lacks this callback; if the checkpoint lacks the pruner's
+                state, or is damaged, or of another model or configuration.
         """
+        callbacks = trainer.callback_handler.callbacks
+        if self not in callbacks:
+            raise ValueError("the trainer was made without this callback: give it in `callbacks`")
+        callbacks.remove(self)
+        callbacks.insert(0, self)
         folder = _newest(trainer.args.output_dir) if checkpoint is None else Path(checkpoint)
         if folder is None:
             return None

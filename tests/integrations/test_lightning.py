@@ -265,7 +265,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, whole, when):
         _trainer(tmp_path, callbacks, **settings).fit(net, _loader())
     resumed, again = Net(seed=9), LayerPruning(**OPTIONS)
     trainer = _trainer(tmp_path, [again], **settings)
-    trainer.fit(resumed, _loader(), ckpt_path=tmp_path / f"epoch={epoch - 1}.ckpt")
+    path = tmp_path / f"epoch={epoch - 1}.ckpt"
+    trainer.fit(resumed, _loader(), ckpt_path=path, weights_only=True)
     assert _decisions(again.pruner) == _decisions(pruning.pruner)
     assert _same(resumed, finished)
 

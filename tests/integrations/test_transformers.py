@@ -250,6 +250,23 @@ def test_metrics_are_logged_under_names_of_their_own(tmp_path):
         assert rows[-1][f"layerprune/theta/{section.name}"] == section.theta
 
 
+def test_reporters_have_the_metrics_of_a_trainer_that_was_prepared(tmp_path):
+    seen = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append("layerprune/sections_alive" in logs)
+
+    pruning = LayerPruningCallback(**OPTIONS)
+    trainer = _trainer(tmp_path, Reporter(), logging_steps=20)
+    with pytest.raises(ValueError, match="made without this callback"):
+        pruning.resume(trainer)
+    trainer.add_callback(pruning)
+    assert pruning.resume(trainer) is None
+    trainer.train()
+    assert len(seen) == STEPS // 20 + 1 and all(seen)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run with a checkpoint after every fifth step."""
@@ -294,14 +311,14 @@ def test_the_newest_complete_checkpoint_is_resumed(tmp_path, whole):
     trainer = _trainer(tmp_path, pruning)
     assert pruning.resume(trainer) == str(tmp_path / "checkpoint-10")
     with pytest.raises(ValueError, match=f"missing file .*{PRUNER_FILE}: .* incomplete"):
-        LayerPruningCallback(**OPTIONS).resume(trainer, tmp_path / "checkpoint-50")
+        pruning.resume(trainer, tmp_path / "checkpoint-50")
     (tmp_path / "checkpoint-5" / PRUNER_FILE).write_bytes(b"PK")
     with pytest.raises(ValueError, match="damaged or cut short"):
-        LayerPruningCallback(**OPTIONS).resume(trainer, tmp_path / "checkpoint-5")
+        pruning.resume(trainer, tmp_path / "checkpoint-5")
     for step in (5, 10):
         (tmp_path / f"checkpoint-{step}" / PRUNER_FILE).unlink()
     with pytest.raises(ValueError, match="no checkpoint in"):
-        LayerPruningCallback(**OPTIONS).resume(trainer)
+        pruning.resume(trainer)
 
 
 def test_the_trainer_does_not_resume_alone(tmp_path, whole):

@@ -6,6 +6,7 @@ needed, which compute on the host as well. CFLAGS and LDFLAGS are honoured, as f
 """
 
 import ctypes
+import fcntl
 import importlib.metadata
 import os
 import re
@@ -90,16 +91,18 @@ def load() -> ctypes.CDLL:
             library.define(str(schema).partition("::")[2])
     flags = shlex.split(os.environ.get("CFLAGS", ""))
     folder = ROOT / "build" / ("emulated-sanitized" if "-fsanitize" in str(flags) else "emulated")
-    files = rewrite(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    cpp_extension.load(
-        "layerprune_emulated",
-        files,
-        extra_cflags=["-O1", "-fvisibility=hidden", *flags],
-        extra_ldflags=shlex.split(os.environ.get("LDFLAGS", "")),
-        extra_include_paths=[str(HERE), str(cuda_headers())],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
+    with open(folder / "lock", "w") as lock:  # of tests in several processes one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cpp_extension.load(
+            "layerprune_emulated",
+            rewrite(folder),
+            extra_cflags=["-O1", "-fvisibility=hidden", *flags],
+            extra_ldflags=shlex.split(os.environ.get("LDFLAGS", "")),
+            extra_include_paths=[str(HERE), str(cuda_headers())],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
     load.library = library  # its operators live as long as it does
     return ctypes.CDLL(str(folder / "layerprune_emulated.so"))
