@@ -13,7 +13,14 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import find_labels
 
@@ -91,6 +98,8 @@ class LayerPruningCallback(TrainerCallback):
             return None
         state = _read(folder / PRUNER_FILE)
         self._make(trainer.model, trainer.args, trainer.get_train_dataloader(), state)
+        if isinstance(trainer.model, PreTrainedModel):
+            _load_weights(trainer.model, folder)
         return str(folder)
 
     def on_train_begin(
@@ -263,6 +272,20 @@ def _first_rows(loader: DataLoader, model: nn.Module, args: TrainingArguments) -
         for name, value in batch.items()
         if (takes_all or name in parameters) and name not in labels
     }
+
+
+def _load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Loads a checkpoint's weights into a model of its structure.
+
+    Some models are saved under names that they had in earlier versions. The Trainer does not
+    translate these, and would go on with weights that it has not loaded.
+    """
+    loaded, report = type(model).from_pretrained(folder, output_loading_info=True)
+    own = model.state_dict()
+    lost = sorted(set(report["missing_keys"]) & own.keys())
+    if lost:
+        raise ValueError(f"{folder} lacks weights of the model, such as {lost[0]}")
+    model.load_state_dict({n: t for n, t in loaded.state_dict().items() if n in own})
 
 
 def _newest(output_dir: str) -> Path | None:
