@@ -55,6 +55,7 @@ class LayerPruning(Callback):
         self.options = options
         self.pruner: LayerPruner | None = None
         self._stripped = False
+        self._evaluating = False
         self._steps: StepFollower | None = None
         self._global_step = 0
 
@@ -114,7 +115,8 @@ class LayerPruning(Callback):
         if self.pruner.step_count != self._global_step:
             raise RuntimeError(
                 f"the trainer is at step {self._global_step}, the pruner at "
-                f"{self.pruner.step_count}: begin with a new Trainer, or go on from a checkpoint"
+                f"{self.pruner.step_count}: begin with a new Trainer and a module freshly made, or "
+                "go on from a checkpoint"
             )
 
     def on_train_batch_start(
@@ -160,7 +162,7 @@ class LayerPruning(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes a module plain that a checkpoint was evaluated with."""
         vars(pl_module).pop("on_load_checkpoint", None)
-        if self.pruner is not None:
+        if self._evaluating:
             self._end()
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,6 +250,7 @@ class LayerPruning(Callback):
             )
         self._make(pl_module, state["pruner"]["total_steps"])
         self.pruner.load_state_dict(state["pruner"])
+        self._evaluating = not fitting
         if state["stripped"]:
             self._end()
 
@@ -257,6 +260,7 @@ class LayerPruning(Callback):
             self._steps = None
 
     def _end(self) -> None:
+        self._evaluating = False
         self._unfollow()
         if not self._stripped:
             self.pruner.strip()

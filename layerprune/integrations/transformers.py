@@ -21,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import find_labels
 
@@ -97,6 +98,11 @@ class LayerPruningCallback(TrainerCallback):
         if folder is None:
             return None
         state = _read(folder / PRUNER_FILE)
+        if not (folder / OPTIMIZER_NAME).is_file():
+            raise ValueError(
+                f"missing file {folder / OPTIMIZER_NAME}: no run can go on from a checkpoint that "
+                "was saved with save_only_model"
+            )
         self._make(trainer.model, trainer.args, trainer.get_train_dataloader(), state)
         if isinstance(trainer.model, PreTrainedModel):
             _load_weights(trainer.model, folder)

@@ -20,6 +20,8 @@ transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -309,6 +311,9 @@ def test_the_newest_complete_checkpoint_is_resumed(tmp_path, whole):
     assert pruning.resume(trainer) == str(tmp_path / "checkpoint-10")
     with pytest.raises(ValueError, match=f"missing file .*{PRUNER_FILE}: .* incomplete"):
         pruning.resume(trainer, tmp_path / "checkpoint-50")
+    (tmp_path / "checkpoint-5" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="missing file .*optimizer.pt: .* save_only_model"):
+        pruning.resume(trainer, tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / PRUNER_FILE).write_bytes(b"PK")
     with pytest.raises(ValueError, match="damaged or cut short"):
         pruning.resume(trainer, tmp_path / "checkpoint-5")
@@ -407,6 +412,38 @@ def test_a_vision_transformer_resumes_though_it_is_saved_under_other_names(tmp_p
     resumed = train(9, resume=True)
     assert _decisions(resumed) == _decisions(whole)
     assert _same(resumed.model, whole.model)
+
+
+class Texts(Sentences):
+    """The next word is the same again; what is padded is not learnt."""
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        words = row["input_ids"][:1].expand(LENGTH) * row["attention_mask"]
+        return row | {"input_ids": words, "labels": words.where(words > 0, -100)}
+
+
+def test_a_causal_language_model_with_padded_batches(tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=WORDS,
+            hidden_size=8,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=LENGTH,
+        )
+    )
+    pruning = LayerPruningCallback(**OPTIONS)
+    trainer = _trainer(tmp_path, pruning, model, max_steps=30, gradient_accumulation_steps=2)
+    trainer.train_dataset = Texts(320)
+    trainer.train()
+    assert len(pruning.pruner.sections) == 3
+    words = trainer.train_dataset[0]["input_ids"][:2]
+    model.eval()
+    assert model.config.layerprune_eliminated
+    assert torch.equal(model(words[None]).logits.argmax(-1)[0], words)
 
 
 def test_rows_that_cannot_be_looked_up(tmp_path):
