@@ -6,6 +6,7 @@ from layerprune.config import PruneConfig
 from layerprune.info import StepReport
 from layerprune.ops import backends
 from layerprune.pruner import LayerPruner
+from layerprune.renumber import renumber
 from layerprune.sections import GatedResidual, find_sections
 
 __all__ = [
@@ -16,16 +17,24 @@ __all__ = [
     "__version__",
     "backends",
     "eliminate_sections",
+    "export",
     "find_sections",
     "load",
+    "renumber",
+    "restore",
+    "save",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> object:
     # The training program has dependencies that the core does without.
-    if name == "load":
-        from layerprune.training import load
+    if name in ("load", "restore", "save"):
+        from layerprune import training
 
-        return load
+        return getattr(training, name)
+    if name == "export":
+        from layerprune.training.export import export
+
+        return export
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

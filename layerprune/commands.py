@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
-import yaml
 
 from layerprune import backends, models
 from layerprune.training import data, demo, recipe
 from layerprune.training.assembly import pick_device
-from layerprune.training.checkpoint import load_model
+from layerprune.training.checkpoint import absent, load_model, save
 from layerprune.training.engine import train
-from layerprune.training.evaluation import compaction_difference, evaluate
+from layerprune.training.evaluation import evaluate
+from layerprune.training.export import ExportError, check_absent, export
+from layerprune.training.inspection import checked, data_of, imported, random_batches
 from layerprune.training.interrupt import Interrupted
 from layerprune.training.loop import TrainingDiverged
 from layerprune.training.outcome import versions
@@ -22,16 +23,16 @@ from layerprune.training.report import write_report
 from layerprune.training.runfolder import (
     CheckpointError,
     RunFolderError,
-    holds_run,
     locate,
     read_args,
 )
+from layerprune.training.untrusted import parsed_yaml
 
 __all__ = ["FAILURES", "MISTAKES", "Interrupted", "app"]
 
 MISTAKES = (recipe.RecipeError, data.DataError, RunFolderError, CheckpointError, OSError)
 """What the user can set right."""
-FAILURES = (TrainingDiverged,)
+FAILURES = (ExportError, TrainingDiverged)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +43,13 @@ app = typer.Typer(
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data set.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if any.")]
+BuilderName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="Returns the dense network; for a checkpoint that names no builder.",
+    ),
+]
 
 
 @app.command("train")
@@ -134,23 +142,61 @@ def eval_command(
     device: Device = None,
 ) -> None:
     """Measure a network on the test images."""
-    model, structure, splits, where = _opened(path, data_dir, device)
-    loss, accuracy = evaluate(model, splits, where)
+    folder = locate(path)
+    model, structure = load_model(folder)
+    splits = data_of(folder, structure, data_dir)
+    where = pick_device(device)
+    loss, accuracy = evaluate(model.to(where), splits, where)
     print(f"accuracy {accuracy:.4f}  loss {loss:.4f}  ({len(splits.test)} images)")
 
 
 @app.command("verify")
 def verify_command(
-    path: Annotated[Path, typer.Argument(metavar="RUN")],
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_RUN")],
     data_dir: DataDir = None,
     device: Device = None,
+    builder: BuilderName = None,
 ) -> None:
     """Compare a compacted network with the gated one, output for output."""
-    model, structure, splits, where = _opened(path, data_dir, device)
-    difference = compaction_difference(model, structure, splits, where)
-    print(f"largest difference over {len(splits.test)} test images: {difference:g}")
-    if difference != 0:
+    found = checked(
+        path,
+        data_dir,
+        pick_device(device),
+        None if builder is None else imported(builder),
+    )
+    if found.without_data:
+        print(f"{found.without_data}: random inputs of the stored shapes instead")
+    print(f"largest difference over {found.inputs}: {found.difference:g}")
+    if found.difference != 0:
         raise typer.Exit(1)
+
+
+@app.command("export")
+def export_command(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_RUN")],
+    format: Annotated[Literal["safetensors", "torch", "onnx"], typer.Option()],
+    output: Annotated[Path, typer.Option(help="A file; for safetensors a folder.")],
+    batch: Annotated[
+        str, typer.Option(metavar="N|dynamic", help="Rows of a call of the exported network.")
+    ] = "dynamic",
+    builder: BuilderName = None,
+) -> None:
+    """Write a plain network: weights and structure, a torch.export program, or ONNX."""
+    if batch != "dynamic" and not (batch.isascii() and batch.isdigit() and int(batch) >= 1):
+        raise typer.BadParameter(f"--batch takes a number of rows or dynamic, got {batch!r}")
+    folder = locate(path)
+    model, structure = load_model(folder, None if builder is None else imported(builder))
+    if format == "safetensors":
+        if batch != "dynamic":
+            raise typer.BadParameter("--batch is for programs: safetensors hold weights alone")
+        check_absent(output)
+        save(output, model.state_dict(), structure | {"eliminated": absent(structure)})
+    else:
+        rows = None if batch == "dynamic" else int(batch)
+        inputs = next(random_batches(folder, structure))
+        difference = export(model, inputs, output, format, rows)
+        print(f"largest difference from the module on random inputs: {difference:g}")
+    print(output)
 
 
 @app.command("report")
@@ -203,25 +249,7 @@ def _assignments(settings: list[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise recipe.RecipeError(f"--set takes KEY=VALUE, got {setting!r}")
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            values[key.strip()] = parsed_yaml(text)
+        except ValueError as error:
             raise recipe.RecipeError(f"--set {setting!r}: the value is no YAML") from error
     return values
-
-
-def _opened(path: Path, data_dir: Path | None, device: str | None) -> tuple:
-    """Model, structure, data and device of a checkpoint; the data's place as the run had it."""
-    folder = locate(path)
-    model, structure = load_model(folder)
-    if data_dir is None and holds_run(folder.parent):
-        data_dir = read_args(folder.parent)[1]
-    splits = data.load(structure["dataset"], data_dir)
-    where = pick_device(device)
-    kwargs = structure["builder"]["kwargs"]
-    for key in ("num_classes", "in_channels", "image_size"):
-        if kwargs[key] != getattr(splits, key):
-            raise CheckpointError(
-                f"{folder} was trained on data with {key} {kwargs[key]}, {structure['dataset']} in "
-                f"{data_dir} has {getattr(splits, key)}: give another --data-dir"
-            )
-    return model.to(where), structure, splits, where

@@ -47,6 +47,17 @@ def evaluating(model: nn.Module):
             module.training = training
 
 
+@contextmanager
+def plain_attention():
+    """Keeps torch's Transformer layers from their fused attention of evaluation mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def batch_tensors(inputs: object) -> list[Tensor]:
     """The tensors that may carry the batch: the first one, and all with as many rows."""
     rows = batch_size_of(inputs)
@@ -85,23 +96,27 @@ def dry_run(
             shape[0] = batch_size
         return torch.empty(shape, dtype=leaf.dtype, device="cpu")
 
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    # torch's fused attention in evaluation mode makes nested tensors, which have no fake form.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        # Of attention's kernels, the flop counter knows only what the plain one is made of.
-        with (
-            torch.no_grad(),
-            evaluating(model),
-            sdpa_kernel(SDPBackend.MATH),
-            FakeTensorMode(allow_non_fake_inputs=True),
-        ):
-            state = {name: torch.empty_like(t, device="cpu") for name, t in tensors.items()}
-            args, kwargs = as_call(tree_map(fake, inputs))
-            return functional_call(model, state, args, kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    # One name for every tensor of every module: of two for the same, functional_call would put back
+    # one that is a fake.
+    tensors = {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in model.named_modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    }
+    # torch's fused attention in evaluation mode makes nested tensors, which have no fake form; and
+    # of attention's kernels, the flop counter knows only what the plain one is made of.
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        plain_attention(),
+        sdpa_kernel(SDPBackend.MATH),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        state = {name: torch.empty_like(t, device="cpu") for name, t in tensors.items()}
+        args, kwargs = as_call(tree_map(fake, inputs))
+        return functional_call(model, state, args, kwargs, tie_weights=False)
 
 
 def forward_flops(model: nn.Module, inputs: Inputs) -> dict[str, float]:

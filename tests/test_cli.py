@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("typer")
 
+import layerprune
 from layerprune.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,11 +73,52 @@ def test_train_then_eval_verify_report(run, finished, tmp_path):
 
 
 def test_verify_tells_a_difference(run, finished, monkeypatch):
-    from layerprune import commands
+    from layerprune.training import inspection
 
-    monkeypatch.setattr(commands, "compaction_difference", lambda *arguments: 1e-7)
+    monkeypatch.setattr(inspection, "compaction_difference", lambda *arguments: 1e-7)
     code, out, _ = run("verify", finished)
     assert code == 1 and "1e-07" in out
+
+
+def test_verify_takes_any_checkpoint(run, finished, tmp_path, monkeypatch):
+    """One of a run under way, one without its data, one of somebody's own loop."""
+    for path in (finished / "checkpoint-20", finished / "last"):
+        code, out, err = run("verify", path)
+        assert (code, out, err) == (0, "largest difference over 360 test images: 0\n", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "from layerprune import GatedResidual\n"
+        "def network():\n"
+        "    return nn.Sequential(*(GatedResidual(nn.Linear(3, 3)) for _ in range(4)))\n"
+    )
+    example = torch.ones(5, 3)
+    blocks = (layerprune.GatedResidual(torch.nn.Linear(3, 3)) for _ in range(4))
+    pruner = layerprune.LayerPruner(
+        torch.nn.Sequential(*blocks), example_inputs=example, total_steps=99, strength=0.1
+    )
+    pruner._run.bank.theta[1] = 0.2
+    layerprune.save("mine", pruner, example_inputs=example)
+    code, out, err = run("verify", "mine", "--builder", "own:network")
+    assert (code, err) == (0, "") and "over 4 random batches: 0\n" in out
+    assert "names no known data set: random inputs" in out
+    for arguments, words in (
+        (["mine"], "names no builder"),
+        (["mine", "--builder", "own:nothing"], "own:nothing"),
+        (["mine", "--builder", "own"], "MODULE:FUNCTION"),
+        (["mine", "--builder", "own:nn"], "no function"),
+        (["mine", "--data-dir", "."], "names no known data set"),
+    ):
+        code, out, err = run("verify", *arguments)
+        assert code == 2 and err.count("\n") == 1 and words in err
+    code, _, err = run("eval", "mine")
+    assert code == 2 and "names no builder" in err
+    layerprune.save("mine", pruner)
+    code, _, err = run("verify", "mine", "--builder", "own:network")
+    assert code == 2 and "save it with example_inputs" in err
+    layerprune.save("mine", pruner, example_inputs=torch.ones(5, 4))
+    code, _, err = run("verify", "mine", "--builder", "own:network")
+    assert code == 2 and "does not run on 4 random batches" in err and err.count("\n") == 1
 
 
 def test_flags_override_the_recipe(run, recipe, tmp_path):
@@ -182,7 +225,7 @@ def test_damaged_checkpoints_are_one_line(run, finished, tmp_path):
     structure = copy / "model" / "structure.json"
     structure.write_text(structure.read_text().replace("resnet20", "resnet32"))
     code, _, err = run("eval", copy)
-    assert code == 2 and err.count("\n") == 1 and "does not fit" in err
+    assert code == 2 and err.count("\n") == 1 and "checksum" in err
     (copy / "summary.json").write_text("{")
     code, _, err = run("report", copy)
     assert code == 2 and err.count("\n") == 1 and "summary.json" in err

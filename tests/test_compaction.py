@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from layerprune import GatedResidual, LayerPruner, eliminate_sections, find_sections, verify
-from layerprune.compaction import gated_dense, remove_sections
+from layerprune.compaction import remove_sections
 from layerprune.gates import Gate
 from layerprune.models import build
 
@@ -270,7 +270,7 @@ def test_the_optimizer_forgets_the_branch_alone(kind):
         for group in optimizer.param_groups
     ]
 
-    remove_sections(model, sections, optimizer)
+    remove_sections(model, sections, [optimizer])
 
     assert [
         {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups
@@ -295,59 +295,12 @@ def test_the_optimizer_forgets_the_branch_alone(kind):
     fresh.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize(
-    "build_optimizer, error, message",
-    [
-        (lambda model: torch.optim.LBFGS(model.parameters()), TypeError, "LBFGS"),
-        (lambda model: torch.optim.SparseAdam(model.parameters()), TypeError, "SparseAdam"),
-        (lambda model: "sgd", TypeError, "str"),
-        (
-            lambda model: torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1),
-            ValueError,
-            "none of the model's parameters",
-        ),
-    ],
-)
-def test_optimizers_that_are_refused(build_optimizer, error, message):
-    """Before anything is changed."""
-    model = _relu(before=[])
-    sections = find_sections(model, torch.zeros(2, 4))
-    with pytest.raises(error, match=message):
-        remove_sections(model, sections, build_optimizer(model))
-    assert isinstance(model[1], GatedResidual)
-
-
 @pytest.mark.parametrize("name", ["nowhere", "0", ""])
 def test_a_name_that_is_no_section(name):
     model = _relu(before=[])
     with pytest.raises(ValueError, match=r"no section of this model; it has \['1'\]"):
         eliminate_sections(model, ["1", name], torch.zeros(2, 4))
     assert isinstance(model[1], GatedResidual)
-
-
-def test_gated_dense(case):
-    """The dense model with the compacted one's weights is the same function, bit for bit."""
-    model, example = case
-    names = [section.name for section in find_sections(model, example)]
-    gone = names[::2]
-    compacted = eliminate_sections(copy.deepcopy(model), gone, example)
-    dense = copy.deepcopy(model)
-    for parameter in dense.parameters():
-        torch.nn.init.normal_(parameter)
-    assert gated_dense(dense, compacted, gone, example) is dense
-    assert verify(dense, compacted, [example]) == 0.0
-
-
-def test_gated_dense_refuses_another_model():
-    model = _relu(before=[])
-    other = nn.Sequential(*model, nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="more than its eliminated sections.*unexpected"):
-        gated_dense(copy.deepcopy(model), other, [], torch.zeros(2, 4))
-    lacking = eliminate_sections(copy.deepcopy(model), ["1"], torch.zeros(2, 4))
-    with pytest.raises(ValueError, match=r"missing .*1\.branch"):
-        gated_dense(copy.deepcopy(model), lacking, [], torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="no section"):
-        gated_dense(copy.deepcopy(model), lacking, ["7"], torch.zeros(2, 4))
 
 
 def test_verify():

@@ -156,3 +156,14 @@ def test_costs_that_are_refused(cost, message):
             model, example_inputs=torch.zeros(2, 4), total_steps=100, strength=0.3, cost=cost
         )
     assert not model._forward_pre_hooks
+
+
+def test_shared_modules_and_tied_weights_stay_as_they_are():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    model = nn.Sequential(first, nn.BatchNorm1d(3), second, first)
+    model.add_module("again", model[1])
+    before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert dry_run(model, torch.zeros(2, 3), batch_size=5).shape == (5, 3)
+    after = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert after == before and not any(p.is_meta for p in model.parameters())

@@ -12,9 +12,13 @@ from layerprune.sections.residual import GATE_ATTRIBUTE, GatedResidual
 
 
 class Adapter(Protocol):
-    """How one kind of section is gated, ungated and removed."""
+    """How one kind of section is gated, ungated and removed.
+
+    ``several_arguments``: whether the module is called with more than its input.
+    """
 
     kind: str
+    several_arguments: bool
 
     def attach(self, module: nn.Module, gate: Gate) -> None:
         """Makes the module draw on ``gate``."""
@@ -56,12 +60,14 @@ class Section:
 
     def branch_parameters(self) -> list[nn.Parameter]:
         """The parameters that go when the branch goes."""
-        kept = tuple(f"{name}." for name in self.adapter.kept(self.module))
-        return [
-            parameter
-            for name, parameter in self.module.named_parameters()
-            if not (kept and name.startswith(kept))
-        ]
+        return [p for name, p in self.module.named_parameters() if self._in_branch(name)]
+
+    def branch_keys(self) -> set[str]:
+        """The keys of the model's `state_dict` that go when the branch goes."""
+        return {f"{self.name}.{key}" for key in self.module.state_dict() if self._in_branch(key)}
+
+    def _in_branch(self, name: str) -> bool:
+        return name.partition(".")[0] not in self.adapter.kept(self.module)
 
     def branch_flops(self, flops: dict[str, float]) -> float:
         """Operations of one row's branch, from `cost.forward_flops` of the whole model."""
@@ -73,6 +79,7 @@ class ResidualAdapter:
     """`GatedResidual`: the module gates itself."""
 
     kind = "residual"
+    several_arguments = False
 
     def attach(self, module: GatedResidual, gate: Gate) -> None:
         """See `Adapter`."""

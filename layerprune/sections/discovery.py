@@ -27,6 +27,25 @@ def _known_blocks() -> dict[type[nn.Module], Adapter]:
     return {block: a for a in ADAPTERS for block in (a.original, a.twin)}
 
 
+@functools.cache
+def _known_networks() -> dict[type[nn.Module], tuple[str, ...]]:
+    try:
+        from layerprune.sections.torchvision import FORWARD_ORDER
+    except ImportError:
+        return {}
+    return FORWARD_ORDER
+
+
+def forward_order(module: nn.Module) -> tuple[str, ...]:
+    """The children that a module runs one on the output of another; none where that is not known.
+
+    ``nn.Sequential`` and known networks, by their exact class.
+    """
+    if type(module) is nn.Sequential:
+        return tuple(module._modules)
+    return _known_networks().get(type(module), ())
+
+
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of a `GatedResidual` or a known block, gated already or not."""
     if isinstance(module, GatedResidual):

@@ -2,189 +2,73 @@
 
 ==================  ==============================================================================
 model.safetensors   the weights
-structure.json      how the dense network is built, which sections are gone, theta of the others
+structure.json      how the dense network is built, which sections are gone, theta of the others,
+                    what the network is called with, and checksums of all files
 training.pt         optimizer, schedule, pruner, random state, place in the run; not in the final
                     model's folder
 ==================  ==============================================================================
 
 Nothing in them is run when they are read: safetensors, JSON, and a `torch.load` that takes only
-tensors and plain containers. A folder appears under its name when all of it is on disk, or not at
-all.
+tensors and plain containers. Nothing is allocated before it is known to fit the files' sizes. A
+folder appears under its name when all of it is on disk, or not at all.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
-import shutil
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from layerprune import models
-from layerprune._version import __version__
-from layerprune.compaction import eliminate_sections
+from layerprune.compaction import remove_sections
+from layerprune.gates import Gate
+from layerprune.sections import Section
+from layerprune.training.builders import Builder, build_on_meta
+from layerprune.training.checkpoint_files import (
+    read_shapes,
+    read_structure,
+    read_training,
+    read_weights,
+    save,
+)
 from layerprune.training.runfolder import STRUCTURE, TRAINING, WEIGHTS, CheckpointError, locate
+from layerprune.training.structure import absent, sections_at, structure_of
 
-__all__ = ["CheckpointError", "load_model"]
+__all__ = [
+    "STRUCTURE",
+    "TRAINING",
+    "CheckpointError",
+    "absent",
+    "check_builder",
+    "example_inputs",
+    "gated_model",
+    "load_model",
+    "load_weights",
+    "read_structure",
+    "read_training",
+    "read_weights",
+    "save",
+    "structure_of",
+]
 
-SCHEMA = 1
-"""Version of the files' content."""
-
-_GREATEST = 65536
-"""Bound of a builder's numbers: a damaged file is not to ask for all memory there is."""
-
-# What torch.load raises on a file that is cut short, of another format, or holds code.
-_UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
-
-
-def structure_of(
-    builder: Mapping[str, Any], dataset: str, eliminated: list[str], sections: list[dict]
-) -> dict[str, Any]:
-    """The content of ``structure.json``.
-
-    Args:
-        builder: ``name`` and ``kwargs`` of `layerprune.models.build`.
-        dataset: what the network was trained on.
-        eliminated: names of the sections that are gone.
-        sections: name, kind, theta and status of every section the model started with; empty for
-            a network that was not pruned.
-    """
-    return {
-        "schema": SCHEMA,
-        "layerprune": __version__,
-        "builder": dict(builder),
-        "dataset": dataset,
-        "eliminated": list(eliminated),
-        "sections": sections,
-    }
-
-
-def save(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    structure: Mapping[str, Any],
-    training: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes a checkpoint; an older one under the same name stays until the new one is complete.
-
-    Args:
-        folder: where to.
-        weights: the model's `state_dict`.
-        structure: from `structure_of`.
-        training: tensors, numbers, text and containers of them.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    old = folder.with_name(f".{folder.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    safetensors.torch.save_file(plain, temporary / WEIGHTS)
-    (temporary / STRUCTURE).write_text(json.dumps(structure, indent=2) + "\n", encoding="utf-8")
-    if training is not None:
-        torch.save(dict(training), temporary / TRAINING)
-    for path in (*temporary.iterdir(), temporary):
-        _to_disk(path)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    _to_disk(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_structure(folder: Path) -> dict[str, Any]:
-    """Reads and checks ``structure.json``.
-
-    Raises:
-        CheckpointError: missing, damaged, or of another version.
-    """
-    path = _existing(folder / STRUCTURE)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    schema = found.get("schema") if isinstance(found, dict) else None
-    if schema != SCHEMA:
-        raise CheckpointError(
-            f"{path} has schema version {schema!r}, this version of layerprune reads {SCHEMA}"
-        )
-    try:
-        builder = found["builder"]
-        well_formed = (
-            isinstance(builder["name"], str)
-            and all(isinstance(value, str | int) for value in builder["kwargs"].values())
-            and isinstance(found["dataset"], str)
-            and all(isinstance(name, str) for name in found["eliminated"])
-            and all(
-                isinstance(part["name"], str)
-                and isinstance(part["status"], str)
-                and 0.0 <= part["theta"] <= 1.0
-                for part in found["sections"]
-            )
-        )
-    except (AttributeError, KeyError, TypeError):
-        well_formed = False
-    if not well_formed:
-        raise CheckpointError(f"{path} is damaged: it lacks the network's builder or its sections")
-    return found
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads ``model.safetensors`` to the CPU.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    path = _existing(folder / WEIGHTS)
-    try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
-
-
-def read_training(folder: Path) -> dict[str, Any]:
-    """Reads ``training.pt`` to the CPU.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    path = _existing(folder / TRAINING)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        what = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged or cut short: {what}") from error
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise CheckpointError(f"missing file {path}: the checkpoint is incomplete")
-    return path
-
-
-def absent(structure: Mapping[str, Any]) -> list[str]:
-    """Names of the sections that evaluation does not run: eliminated, or theta below 1/2."""
-    closed = [
-        part["name"]
-        for part in structure["sections"]
-        if part["status"] == "open" and part["theta"] < 0.5
-    ]
-    return [*structure["eliminated"], *(n for n in closed if n not in structure["eliminated"])]
+# As safetensors names them.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_FLOATING = {"F64", "F32", "F16", "BF16"}
 
 
 def example_inputs(kwargs: Mapping[str, Any]) -> Tensor:
@@ -192,63 +76,150 @@ def example_inputs(kwargs: Mapping[str, Any]) -> Tensor:
     return torch.zeros(2, kwargs["in_channels"], kwargs["image_size"], kwargs["image_size"])
 
 
-def build_dense(folder: Path, structure: Mapping[str, Any]) -> nn.Module:
-    """The dense network of a checkpoint, with fresh weights.
-
-    Raises:
-        CheckpointError: no such network.
-    """
-    builder = structure["builder"]
-    if any(
-        abs(value) > _GREATEST for value in builder["kwargs"].values() if isinstance(value, int)
-    ):
-        raise CheckpointError(f"{folder / STRUCTURE} asks for a network beyond all bounds")
-    try:
-        return models.build(builder["name"], **builder["kwargs"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        what = " ".join(str(error).split())
-        raise CheckpointError(f"{folder / STRUCTURE}: {what}") from error
-
-
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, lacking: Collection[str] = ()) -> None:
     """Loads a checkpoint's weights into a model of its structure.
+
+    A model on the meta device takes the file's tensors, in their dtypes, for its own.
+
+    Args:
+        model: changed in place, or not at all.
+        folder: the checkpoint.
+        lacking: keys that the file need not hold.
 
     Raises:
         CheckpointError: missing, damaged, or of another model.
     """
-    try:
-        model.load_state_dict(read_weights(folder))
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
+    state = model.state_dict()
+    on_meta = any(tensor.is_meta for tensor in state.values())
+    problem = _misfit(state, read_shapes(folder), lacking, on_meta)
+    if problem:
         raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit the network of {STRUCTURE}: {detail}"
-        ) from error
+            f"{folder / WEIGHTS} does not fit the network of {STRUCTURE}: {problem}"
+        )
+    weights = read_weights(folder)
+    if on_meta:  # what was read lies in the file, which may change
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
+    model.load_state_dict(weights, strict=False, assign=on_meta)
 
 
-def load_model(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+def _misfit(
+    state: Mapping[str, Tensor],
+    found: Mapping[str, tuple[str, tuple[int, ...]]],
+    lacking: Collection[str],
+    any_precision: bool,
+) -> str:
+    missing = [name for name in state if name not in found and name not in lacking]
+    if missing:
+        return f"{reprlib.repr(missing[0])} and {len(missing) - 1} others are missing"
+    foreign = [name for name in found if name not in state]
+    if foreign:
+        return f"it has no {reprlib.repr(foreign[0])}, nor {len(foreign) - 1} others"
+    for name, (dtype, shape) in found.items():
+        tensor = state[name]
+        expected = {_DTYPES.get(tensor.dtype)}
+        if any_precision and expected < _FLOATING:
+            expected = _FLOATING
+        if shape != tuple(tensor.shape) or dtype not in expected:
+            return (
+                f"{name!r} is {dtype} {reprlib.repr(shape)}, where the network has "
+                f"{tensor.dtype} {tuple(tensor.shape)}"
+            )
+    return ""
+
+
+def _dense(
+    folder: Path, structure: Mapping[str, Any], builder: Builder | None
+) -> tuple[nn.Module, dict[str, Section]]:
+    """The dense network and those of its sections that evaluation does not run."""
+    try:
+        if builder is not None:
+            with torch.random.fork_rng(devices=[]):
+                model = builder()
+        elif structure["builder"] is None:
+            raise ValueError(
+                "it names no builder: give one, a function that returns the dense network"
+            )
+        else:
+            model = build_on_meta(**structure["builder"])
+        return model, sections_at(model, absent(structure), structure)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / STRUCTURE}: {error}") from error
+
+
+def check_builder(structure: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Refuses a builder by which a checkpoint could not be rebuilt.
+
+    Args:
+        structure: from `structure_of`, with a builder.
+        weights: what the checkpoint is to hold.
+
+    Raises:
+        ValueError: the builder is unknown, or its network is another one.
+    """
+    model = build_on_meta(**structure["builder"])
+    gone = sections_at(model, structure["eliminated"], structure)
+    remove_sections(model, list(gone.values()))
+    found = {name: (_DTYPES.get(t.dtype, ""), tuple(t.shape)) for name, t in weights.items()}
+    problem = _misfit(model.state_dict(), found, (), any_precision=True)
+    if problem:
+        raise ValueError(f"builder {structure['builder']} does not build this model: {problem}")
+
+
+def load_model(
+    path: str | os.PathLike[str], builder: Builder | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Rebuilds the network of a checkpoint, without the script that trained it.
 
     Args:
         path: a checkpoint's folder, a ``last`` or ``best`` marker, or a run's folder.
+        builder: returns the dense network; needed where the checkpoint names none.
 
     Returns:
-        The network, plain and in evaluation mode, without the sections that evaluation would not
-        run; and the content of ``structure.json``.
+        The network, plain, in evaluation mode and on the CPU, without the sections that evaluation
+        would not run; and the content of ``structure.json``.
 
     Raises:
         CheckpointError: it is missing, damaged, or its files do not fit each other.
     """
     folder = locate(path)
     structure = read_structure(folder)
-    model = build_dense(folder, structure)
-    example = example_inputs(structure["builder"]["kwargs"])
-    gone = structure["eliminated"]
-    try:
-        eliminate_sections(model, gone, example)
-        load_weights(model, folder)
-        eliminate_sections(model, [n for n in absent(structure) if n not in gone], example)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{folder / STRUCTURE}: {error}") from error
+    model, sections = _dense(folder, structure, builder)
+    remove_sections(model, [sections[name] for name in structure["eliminated"]])
+    load_weights(model, folder)
+    remove_sections(
+        model, [s for name, s in sections.items() if name not in structure["eliminated"]]
+    )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise CheckpointError(
+            f"{folder / STRUCTURE}: the network has tensors that no file holds: give a builder"
+        )
     return model.eval(), structure
+
+
+def gated_model(path: str | os.PathLike[str], builder: Builder | None = None) -> nn.Module:
+    """The dense network of a checkpoint, gated: what the compacted one is to be compared with.
+
+    The gates of the sections that evaluation does not run are at 0. Of the eliminated ones there
+    are no weights, and none are needed.
+
+    Args:
+        path: as in `load_model`.
+        builder: as in `load_model`.
+
+    Raises:
+        CheckpointError: as in `load_model`.
+    """
+    folder = locate(path)
+    structure = read_structure(folder)
+    model, sections = _dense(folder, structure, builder)
+    gone = [sections[name] for name in structure["eliminated"]]
+    load_weights(model, folder, set().union(*(section.branch_keys() for section in gone)))
+    for name, section in sections.items():
+        gate = Gate(name)
+        gate.is_open = False
+        section.adapter.attach(section.module, gate)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            absent_ones = [key for key, tensor in tensors.items() if getattr(tensor, "is_meta", 0)]
+            tensors.update(dict.fromkeys(absent_ones))
+    return model.eval()

@@ -22,6 +22,7 @@ from layerprune.training.runfolder import (
     check_new,
     check_same,
     marked,
+    recover,
     write_args,
 )
 from layerprune.training.runlog import RunLog
@@ -65,6 +66,7 @@ def train(
     folder = Path(output)
     if resume:
         check_same(folder, recipe)
+        recover(folder)
     else:
         check_new(folder)
     where = pick_device(device)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from layerprune import models
-from layerprune.compaction import gated_dense, verify
-from layerprune.cost import evaluating
-from layerprune.training.checkpoint import absent, example_inputs
+from layerprune.compaction import verify
+from layerprune.cost import Inputs, evaluating
+from layerprune.training.builders import Builder
+from layerprune.training.checkpoint import gated_model, load_model
 from layerprune.training.data import DataSplits
 from layerprune.training.sampling import test_loader
 
@@ -36,20 +37,31 @@ def evaluate(
 
 
 def compaction_difference(
-    compacted: nn.Module,
-    structure: Mapping[str, Any],
-    splits: DataSplits,
+    path: str | os.PathLike[str],
+    batches: Iterable[Inputs],
     device: torch.device,
-    workers: int = 0,
+    builder: Builder | None = None,
 ) -> float:
-    """Largest difference between the compacted network's outputs and the gated one's.
+    """Largest difference between a checkpoint's compacted network and the gated one.
 
-    The gated one is built anew, dense, from ``structure``, with the eliminated sections' gates
-    closed. Compared in evaluation mode over all test images; 0.0 is equality bit for bit.
+    Both are built anew from the files; the gated one is dense, with the gates of the sections that
+    evaluation does not run closed. Compared in evaluation mode; 0.0 is equality bit for bit.
+
+    Args:
+        path: as in `checkpoint.load_model`.
+        batches: inputs to compare on.
+        device: where to.
+        builder: as in `checkpoint.load_model`.
     """
-    builder = structure["builder"]
-    with torch.random.fork_rng(devices=[]):
-        dense = models.build(builder["name"], **builder["kwargs"])
-    gated = gated_dense(dense, compacted, absent(structure), example_inputs(builder["kwargs"]))
-    loader = test_loader(splits, BATCH, workers)
-    return verify(gated.to(device), compacted, (images.to(device) for images, _ in loader))
+    compacted, _ = load_model(path, builder)
+    gated = gated_model(path, builder)
+
+    def moved(inputs: Inputs) -> Inputs:
+        return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+
+    return verify(gated.to(device), compacted.to(device), map(moved, batches))
+
+
+def test_images(splits: DataSplits, workers: int = 0) -> Iterator[Tensor]:
+    """The test images, batch by batch."""
+    return (images for images, _ in test_loader(splits, BATCH, workers))

@@ -13,9 +13,9 @@ from layerprune.cost import forward_flops
 from layerprune.ledger import BACKWARD, Ledger
 from layerprune.sections import find_sections
 from layerprune.training import checkpoint
-from layerprune.training.checkpoint import absent, example_inputs, load_model
+from layerprune.training.checkpoint import absent, example_inputs
 from layerprune.training.data import DataSplits
-from layerprune.training.evaluation import compaction_difference
+from layerprune.training.evaluation import compaction_difference, test_images
 from layerprune.training.records import fates, read_run
 from layerprune.training.report import write_report
 from layerprune.training.runfolder import FINAL, RunFolderError
@@ -49,10 +49,8 @@ def finish(session: Session, splits: DataSplits, log: RunLog) -> dict[str, Any]:
     difference = None
     if session.pruner is not None:
         # What is checked is what was written.
-        model, _ = load_model(folder)
-        difference = compaction_difference(
-            model.to(session.device), structure, splits, session.device, session.recipe.workers
-        )
+        images = test_images(splits, session.recipe.workers)
+        difference = compaction_difference(folder, images, session.device)
     summary = _summary(session, structure) | {"verify_max_abs_difference": difference}
     log.write_summary(summary | {"finished": True})
     write_report(session.folder)

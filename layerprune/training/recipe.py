@@ -9,12 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from layerprune import models
 from layerprune.config import PruneConfig
 from layerprune.training import data
 from layerprune.training.typed import coerced
+from layerprune.training.untrusted import YAML_LIMIT, parsed_yaml, read_text
 
 __all__ = ["DEFAULT", "Recipe", "RecipeError", "from_mapping", "load", "names", "override"]
 
@@ -167,8 +166,8 @@ def load(name: str) -> Recipe:
         if not path.is_file():
             raise RecipeError(f"no such recipe file: {path}")
         try:
-            text, what = path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
+            text, what = read_text(path, YAML_LIMIT), str(path)
+        except (OSError, ValueError) as error:
             raise RecipeError(f"recipe file {path} cannot be read: {error}") from error
     elif name in names():
         text, what = _folder().joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name
@@ -178,9 +177,9 @@ def load(name: str) -> Recipe:
             "(or give the path of a .yaml file)"
         )
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {what} is no YAML: {' '.join(str(error).split())}") from error
+        values = parsed_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"recipe {what} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {what} must be a mapping of settings")
     return from_mapping({"name": Path(what).stem if _is_recipe(what) else what} | values, what)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+
+from layerprune.training.untrusted import TABLE_LIMIT, parsed_json, parsed_yaml, read_text
 
 EPOCHS_FILE, THETA_FILE, EVENTS_FILE = "summary.csv", "theta.csv", "events.jsonl"
 EPOCH_COLUMNS = (
@@ -80,8 +81,8 @@ def read_run(folder: str | os.PathLike[str]) -> RunRecord:
             f"{folder} is not a run: it has no {EPOCHS_FILE}. Give the folder that "
             "`layerprune train` wrote to (--output)"
         )
-    args = _parsed(folder / "args.yaml", lambda text: _mapping(yaml.safe_load(text)), None)
-    summary = _parsed(folder / "summary.json", lambda text: _mapping(json.loads(text)), {})
+    args = _parsed(folder / "args.yaml", lambda text: _mapping(parsed_yaml(text)), None)
+    summary = _parsed(folder / "summary.json", lambda text: _mapping(parsed_json(text)), {})
     epochs = _parsed(folder / EPOCHS_FILE, _epoch_rows, [])
     events = _parsed(folder / EVENTS_FILE, _event_rows, [])
     sections, steps, theta = _parsed(folder / THETA_FILE, _theta_rows, _theta_rows("step\n"))
@@ -128,8 +129,8 @@ def _parsed(path: Path, parse: Callable[[str], Any], missing: Any) -> Any:
     if not path.exists():
         return missing
     try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (ValueError, LookupError, csv.Error, yaml.YAMLError) as error:
+        return parse(read_text(path, TABLE_LIMIT))
+    except (ValueError, LookupError, csv.Error) as error:
         raise ValueError(f"{path} is damaged or another run's: {error}") from error
 
 
@@ -140,7 +141,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _event_rows(text: str) -> list[dict[str, Any]]:
-    return [_mapping(json.loads(line)) for line in complete_lines(text)]
+    return [_mapping(parsed_json(line)) for line in complete_lines(text)]
 
 
 def _epoch_rows(text: str) -> list[dict[str, Any]]:

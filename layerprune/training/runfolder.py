@@ -16,12 +16,15 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from layerprune.training.recipe import Recipe, RecipeError, from_mapping
 from layerprune.training.records import EPOCHS_FILE, write_atomic
+from layerprune.training.untrusted import YAML_LIMIT, parsed_yaml, read_text
+
+if TYPE_CHECKING:
+    from layerprune.training.recipe import Recipe
 
 __all__ = ["CheckpointError", "RunFolderError"]
 
@@ -31,8 +34,18 @@ FINAL = "model"
 """Folder of the compacted network."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_LEFTOVER = re.compile(
+    r"\.(checkpoint-\d+|model|last|best|\w+\.(?:yaml|csv|json|jsonl|html))\.(?:tmp|old)"
+)
 _FREE = ("workers",)
 """Settings that change no result, so that a resumed run may have others."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a value out wherever it occurs: what is written with aliases is not read back."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 class RunFolderError(ValueError):
@@ -86,7 +99,8 @@ def write_args(folder: Path, recipe: Recipe, data_dir: str | None) -> None:
     """Writes ``args.yaml``, and makes the folder if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     values = recipe.as_dict() | {"data_dir": data_dir}
-    write_atomic(folder / ARGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    write_atomic(folder / ARGS, text)
 
 
 def read_args(folder: Path) -> tuple[Recipe, str | None]:
@@ -95,14 +109,19 @@ def read_args(folder: Path) -> tuple[Recipe, str | None]:
     Raises:
         RunFolderError: there is no run, or ``args.yaml`` is damaged.
     """
+    # Recipes need the data sets' libraries, which the rest of this module does without.
+    from layerprune.training.recipe import RecipeError, from_mapping
+
     path = folder / ARGS
     if not path.is_file():
         raise RunFolderError(f"{folder} holds no run: it has no {ARGS}")
     try:
-        values: dict[str, Any] = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        values: dict[str, Any] = dict(parsed_yaml(read_text(path, YAML_LIMIT)))
         data_dir = values.pop("data_dir", None)
+        if not (data_dir is None or isinstance(data_dir, str)):
+            raise TypeError(f"data_dir must be a folder's name, got {data_dir!r}")
         return from_mapping(values, str(path)), data_dir
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise RunFolderError(str(error)) from error
         raise RunFolderError(f"{path} is damaged: {' '.join(str(error).split())}") from error
@@ -125,7 +144,8 @@ def marked(run: Path, marker: str) -> Path | None:
     path = run / marker
     if not path.is_file():
         return None
-    name = path.read_text(encoding="utf-8", errors="replace").strip()
+    with open(path, encoding="utf-8", errors="replace") as file:
+        name = file.read(100).strip()
     if not _CHECKPOINT.fullmatch(name):
         raise CheckpointError(f"{path} does not hold a checkpoint's name: write one of {run} there")
     if not (run / name).is_dir():
@@ -134,13 +154,38 @@ def marked(run: Path, marker: str) -> Path | None:
 
 
 def drop_old(run: Path, keep: int) -> None:
-    """Deletes a run's checkpoints but the ``keep`` newest and those that are marked."""
+    """Deletes a run's checkpoints but the ``keep`` newest and those that are marked.
+
+    One that is being deleted has no checkpoint's name any more, so that none is ever found in part.
+    """
     numbered = ((_CHECKPOINT.fullmatch(path.name), path) for path in run.iterdir())
     ordered = sorted((int(match[1]), path) for match, path in numbered if match)
     held = {marked(run, "last"), marked(run, "best")}
     for _, path in ordered[:-keep]:
         if path not in held:
-            shutil.rmtree(path)
+            leftover = path.with_name(f".{path.name}.tmp")
+            shutil.rmtree(leftover, ignore_errors=True)
+            os.replace(path, leftover)
+            shutil.rmtree(leftover)
+
+
+def settle(folder: Path) -> None:
+    """Ends the replacement of a checkpoint that was cut short: the old one is back, or is gone."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
+    for leftover in (old, folder.with_name(f".{folder.name}.tmp")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def recover(run: Path) -> None:
+    """Puts a run's folder in order after its process was killed while it wrote: see `settle`."""
+    for path in sorted(run.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match and path.is_dir():
+            settle(run / match[1])
+        elif match and path.suffix == ".tmp":
+            path.unlink(missing_ok=True)
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -154,6 +199,9 @@ def locate(path: str | os.PathLike[str]) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path)
+    old = path.with_name(f".{path.name}.old") if path.name else path
+    if old.is_dir() and not path.exists():
+        return old  # whoever replaced it was killed in between
     if path.is_file() and path.name in ("last", "best"):
         path, marker = path.parent, path.name
     else:

@@ -79,7 +79,9 @@ class Session:
         found = {"eliminated": list(self.recipe.without), "sections": []}
         if self.pruner is not None:
             found = self.pruner.structure()
-        return checkpoint.structure_of(self.network.builder, self.recipe.dataset, **found)
+        builder = self.network.builder
+        example = checkpoint.example_inputs(builder["kwargs"])
+        return checkpoint.structure_of(builder, self.recipe.dataset, example, **found)
 
     def save(self, keep: int) -> None:
         """Writes ``checkpoint-N``, marks it as the last, and deletes old ones.
