@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layerprune.cost import Inputs
+from layerprune.integrations.lightning_support import check_supported
 from layerprune.integrations.steps import StepFollower, absent, check_options, metrics
 from layerprune.pruner import LayerPruner
 
 __all__ = ["LayerPruning"]
-
-_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
 
 class LayerPruning(Callback):
@@ -71,7 +68,7 @@ class LayerPruning(Callback):
             ValueError: for manual optimization, a strategy that shards, or weight averaging.
         """
         if stage == "fit":
-            self._check(trainer, pl_module)
+            check_supported(trainer, pl_module, self.module)
         restored = pl_module.on_load_checkpoint
 
         # A callback's own hooks come when the weights are loaded: the module must have lost its
@@ -174,29 +171,6 @@ class LayerPruning(Callback):
             "structure": self.pruner.structure(),
             "stripped": self._stripped,
         }
-
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                "LayerPruning needs automatic optimization: where the training_step steps the "
-                "optimizer itself, make a LayerPruner and call its step there"
-            )
-        if type(trainer.strategy) not in _STRATEGIES:
-            raise ValueError(
-                f"LayerPruning does not work with {type(trainer.strategy).__name__}: use "
-                f"{' or '.join(kind.__name__ for kind in _STRATEGIES)}"
-            )
-        if isinstance(trainer.strategy, DDPStrategy) and not self.module:
-            raise ValueError(
-                "under DDP Lightning calls the LightningModule for every training_step: keep the "
-                "network in an attribute and name it in `module`"
-            )
-        for callback in trainer.callbacks:
-            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-                raise ValueError(
-                    f"{type(callback).__name__} averages weights of a model that loses sections: "
-                    "leave one of the two callbacks out"
-                )
 
     def _place(self) -> str:
         return f"its {self.module!r}" if self.module else "the LightningModule itself"

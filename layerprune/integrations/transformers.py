@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,20 +19,15 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import find_labels
 
 from layerprune.cost import Inputs
 from layerprune.integrations.steps import StepFollower, absent, check_options, metrics
+from layerprune.integrations.trainer_checkpoints import load_weights, newest, read, save
+from layerprune.integrations.transformers_support import check_supported, first_rows
 from layerprune.pruner import LayerPruner
 
-__all__ = ["PRUNER_FILE", "LayerPruningCallback"]
-
-PRUNER_FILE = "layerprune_pruner.pt"
-"""The pruner's state in each of the Trainer's checkpoints."""
-
-_EXAMPLE_ROWS = 2
+__all__ = ["LayerPruningCallback"]
 
 
 class LayerPruningCallback(TrainerCallback):
@@ -94,18 +87,13 @@ class LayerPruningCallback(TrainerCallback):
             raise ValueError("the trainer was made without this callback: give it in `callbacks`")
         callbacks.remove(self)
         callbacks.insert(0, self)
-        folder = _newest(trainer.args.output_dir) if checkpoint is None else Path(checkpoint)
+        folder = newest(trainer.args.output_dir) if checkpoint is None else Path(checkpoint)
         if folder is None:
             return None
-        state = _read(folder / PRUNER_FILE)
-        if not (folder / OPTIMIZER_NAME).is_file():
-            raise ValueError(
-                f"missing file {folder / OPTIMIZER_NAME}: no run can go on from a checkpoint that "
-                "was saved with save_only_model"
-            )
+        state = read(folder)
         self._make(trainer.model, trainer.args, trainer.get_train_dataloader(), state)
         if isinstance(trainer.model, PreTrainedModel):
-            _load_weights(trainer.model, folder)
+            load_weights(trainer.model, folder)
         return str(folder)
 
     def on_train_begin(
@@ -125,7 +113,7 @@ class LayerPruningCallback(TrainerCallback):
             ValueError: if the Trainer's settings do not go with pruning.
             RuntimeError: if the Trainer goes on from a checkpoint without `resume`.
         """
-        _check(args)
+        check_supported(args)
         if self.pruner is None or self._stripped or self.pruner.model is not model:
             if state.global_step:
                 raise RuntimeError(
@@ -195,12 +183,7 @@ class LayerPruningCallback(TrainerCallback):
     ) -> None:
         """Puts the pruner's state into the checkpoint that the Trainer has just written."""
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        temporary = folder / f".{PRUNER_FILE}.tmp"
-        with temporary.open("wb") as file:
-            torch.save(self.pruner.state_dict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / PRUNER_FILE)
+        save(folder, self.pruner.state_dict())
 
     def on_train_end(
         self,
@@ -223,7 +206,7 @@ class LayerPruningCallback(TrainerCallback):
     ) -> None:
         inputs = self.example_inputs
         if inputs is None:
-            inputs = _first_rows(loader, model, args)
+            inputs = first_rows(loader, model, args)
         self.pruner = LayerPruner(
             model, example_inputs=inputs, total_steps=state["total_steps"], **self.options
         )
@@ -240,84 +223,3 @@ class LayerPruningCallback(TrainerCallback):
                 *(name for name in earlier if name not in known),
                 *eliminated,
             ]
-
-
-def _check(args: TrainingArguments) -> None:
-    if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
-        raise ValueError(
-            "LayerPruningCallback works on one device only, since the Trainer does not show its "
-            "callbacks what it wrapped around the model; under DDP use LayerPruner in a loop of "
-            "your own, or Lightning's callback"
-        )
-    if args.load_best_model_at_end:
-        raise ValueError(
-            "load_best_model_at_end would load weights into a model that has lost sections since: "
-            "leave it out, and rebuild the checkpoint's model by its config.layerprune_eliminated"
-        )
-    if args.auto_find_batch_size:
-        raise ValueError(
-            "auto_find_batch_size begins anew with a model that may have lost sections: set "
-            "per_device_train_batch_size"
-        )
-
-
-def _first_rows(loader: DataLoader, model: nn.Module, args: TrainingArguments) -> dict[str, Any]:
-    """The model's inputs in the first rows of a data set; no sampler draws for it."""
-    try:
-        count = min(_EXAMPLE_ROWS, len(loader.dataset))
-        batch = loader.collate_fn([loader.dataset[index] for index in range(count)])
-    except (TypeError, NotImplementedError) as error:
-        raise ValueError(
-            f"no row of the train dataset can be looked up ({error}): give example_inputs"
-        ) from error
-    parameters = inspect.signature(type(model).forward).parameters
-    labels = args.label_names or find_labels(type(model))
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and len(parameters) == 2
-    return {
-        name: value
-        for name, value in batch.items()
-        if (takes_all or name in parameters) and name not in labels
-    }
-
-
-def _load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Loads a checkpoint's weights into a model of its structure.
-
-    Some models are saved under names that they had in earlier versions. The Trainer does not
-    translate these, and would go on with weights that it has not loaded.
-    """
-    loaded, report = type(model).from_pretrained(folder, output_loading_info=True)
-    own = model.state_dict()
-    lost = sorted(set(report["missing_keys"]) & own.keys())
-    if lost:
-        raise ValueError(f"{folder} lacks weights of the model, such as {lost[0]}")
-    model.load_state_dict({n: t for n, t in loaded.state_dict().items() if n in own})
-
-
-def _newest(output_dir: str) -> Path | None:
-    numbered = {
-        int(folder.name.rpartition("-")[2]): folder
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if folder.name.rpartition("-")[2].isdecimal()
-    }
-    folders = [numbered[step] for step in sorted(numbered)]
-    complete = [folder for folder in folders if (folder / PRUNER_FILE).is_file()]
-    if folders and not complete:
-        raise ValueError(
-            f"no checkpoint in {output_dir} has {PRUNER_FILE}: they were made without "
-            "LayerPruningCallback. Take another output_dir"
-        )
-    return complete[-1] if complete else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"missing file {path}: the checkpoint is incomplete, or was made without "
-            "LayerPruningCallback"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        what = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged or cut short: {what}") from error

@@ -28,10 +28,8 @@ from transformers import (  # noqa: E402
     ViTForImageClassification,
 )
 
-from layerprune.integrations.transformers import (  # noqa: E402
-    PRUNER_FILE,
-    LayerPruningCallback,
-)
+from layerprune.integrations.trainer_checkpoints import PRUNER_FILE  # noqa: E402
+from layerprune.integrations.transformers import LayerPruningCallback  # noqa: E402
 
 STEPS, ROWS, WORDS, LENGTH = 60, 16, 12, 6
 OPTIONS = {
