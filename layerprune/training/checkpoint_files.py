@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,10 +49,10 @@ def save(
     temporary.mkdir(parents=True)
     safetensors.torch.save_file(_separate(weights), temporary / WEIGHTS)
     if training is not None:
-        torch.save(dict(training), temporary / TRAINING)
         try:
+            torch.save(dict(training), temporary / TRAINING)
             check_torch(temporary / TRAINING)
-        except ValueError as error:
+        except (AttributeError, TypeError, ValueError, pickle.PicklingError) as error:
             raise ValueError(f"training cannot be saved: {error}") from error
     checksums = {path.name: sha256(path) for path in temporary.iterdir()}
     (temporary / STRUCTURE).write_text(encoded(structure, checksums), encoding="utf-8")

@@ -102,6 +102,11 @@ def restore(path: str | os.PathLike[str], pruner: LayerPruner) -> dict[str, Any]
     folder = locate(path)
     state = checkpoint.read_training(folder)
     checkpoint.read_weights(folder)  # nothing is changed before all files are known to be whole
+    if "training" not in state:
+        raise checkpoint.CheckpointError(
+            f"{folder / checkpoint.TRAINING} was not written by layerprune.save: go on with this "
+            "run by layerprune train --resume"
+        )
     try:
         training = state["training"]
         pruner.load_state_dict(state["pruner"])

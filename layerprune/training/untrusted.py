@@ -58,7 +58,7 @@ _UNREADABLE = (
 
 # What torch.save writes for tensors and plain containers. torch.load itself takes more, among it
 # calls that allocate as much as they are told to.
-_PICKLED = {"collections OrderedDict", "torch Size", "torch device"}
+_PICKLED = {"collections Counter", "collections OrderedDict", "torch Size", "torch device"}
 _PICKLED |= {f"torch._utils {name}" for name in ("_rebuild_tensor_v2", "_rebuild_parameter")}
 _PICKLED |= {
     f"torch {storage.__name__}"

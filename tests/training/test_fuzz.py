@@ -9,14 +9,17 @@ import shutil
 import signal
 import struct
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from layerprune.training import checkpoint, untrusted
+from layerprune.training import checkpoint, recipe, untrusted
 from layerprune.training.builders import build_on_meta
 from layerprune.training.checkpoint import CheckpointError, gated_model, load_model
+from layerprune.training.records import read_run
+from layerprune.training.runfolder import RunFolderError, read_args, write_args
 from layerprune.training.structure import digest, random_inputs
 
 WEIGHTS, STRUCTURE, TRAINING = "model.safetensors", "structure.json", "training.pt"
@@ -395,6 +398,24 @@ def test_a_training_state_that_unpacks_to_more(target):
         "\0",
     ],
 )
-def test_yaml_that_is_refused(text):
-    with guarded(), pytest.raises(ValueError):
-        untrusted.parsed_yaml(text)
+def test_yaml_that_is_refused(tmp_path, text):
+    for name in ("args.yaml", "summary.csv"):
+        (tmp_path / name).write_text(text)
+    for read, error in (
+        (lambda: recipe.load(str(tmp_path / "args.yaml")), recipe.RecipeError),
+        (lambda: read_args(tmp_path), RunFolderError),
+        (lambda: read_run(tmp_path), ValueError),
+    ):
+        with guarded(), pytest.raises(error, match=r"args\.yaml") as raised:
+            read()
+        assert len(str(raised.value)) < 2000
+
+
+def test_what_is_written_twice_is_read_back(tmp_path, small):
+    """YAML would write the second of two equal lists as a reference to the first."""
+    shared = {"theta_init": 0.5}
+    twice = replace(small, prune_config=shared, model_args={"width": 4})
+    object.__setattr__(twice, "model_args", shared)
+    write_args(tmp_path, twice, None)
+    assert "&" not in (tmp_path / "args.yaml").read_text()
+    assert read_args(tmp_path)[0].model_args == shared
