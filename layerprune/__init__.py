@@ -6,6 +6,7 @@ from layerprune.config import PruneConfig
 from layerprune.info import StepReport
 from layerprune.ops import backends
 from layerprune.pruner import LayerPruner
+from layerprune.renumber import renumber
 from layerprune.sections import GatedResidual, find_sections
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "__version__",
     "backends",
     "eliminate_sections",
+    "export",
     "find_sections",
     "load",
+    "renumber",
     "restore",
     "save",
     "verify",
@@ -30,4 +33,8 @@ def __getattr__(name: str) -> object:
         from layerprune import training
 
         return getattr(training, name)
+    if name == "export":
+        from layerprune.training.export import export
+
+        return export
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

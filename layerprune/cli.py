@@ -12,7 +12,10 @@ from typing import NoReturn
 
 __all__ = ["main"]
 
-_EXTRA = "matplotlib safetensors sklearn tensorboard torchvision tqdm typer yaml".split()
+_TRAIN = "matplotlib safetensors sklearn tensorboard torchvision tqdm typer yaml".split()
+_EXPORT = "onnx onnxruntime onnxscript".split()
+_EXTRA = dict.fromkeys(_TRAIN, "train") | dict.fromkeys(_EXPORT, "export")
+"""Which of the package's extras brings a module."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         module = (error.name or "").partition(".")[0]
         if module not in _EXTRA:
             raise
-        code = _complain(f"{module} is missing: pip install layerprune[train]", 2)
+        code = _complain(f"{module} is missing: pip install layerprune[{_EXTRA[module]}]", 2)
     sys.exit(code)
 
 

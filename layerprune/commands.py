@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -11,10 +11,11 @@ import typer
 from layerprune import backends, models
 from layerprune.training import data, demo, recipe
 from layerprune.training.assembly import pick_device
-from layerprune.training.checkpoint import load_model
+from layerprune.training.checkpoint import absent, load_model, save
 from layerprune.training.engine import train
 from layerprune.training.evaluation import evaluate
-from layerprune.training.inspection import checked, data_of, imported
+from layerprune.training.export import ExportError, check_absent, export
+from layerprune.training.inspection import checked, data_of, imported, random_batches
 from layerprune.training.interrupt import Interrupted
 from layerprune.training.loop import TrainingDiverged
 from layerprune.training.outcome import versions
@@ -31,7 +32,7 @@ __all__ = ["FAILURES", "MISTAKES", "Interrupted", "app"]
 
 MISTAKES = (recipe.RecipeError, data.DataError, RunFolderError, CheckpointError, OSError)
 """What the user can set right."""
-FAILURES = (TrainingDiverged,)
+FAILURES = (ExportError, TrainingDiverged)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +43,13 @@ app = typer.Typer(
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data set.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if any.")]
+BuilderName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="Returns the dense network; for a checkpoint that names no builder.",
+    ),
+]
 
 
 @app.command("train")
@@ -147,13 +155,7 @@ def verify_command(
     path: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_RUN")],
     data_dir: DataDir = None,
     device: Device = None,
-    builder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Returns the dense network; for a checkpoint that names no builder.",
-        ),
-    ] = None,
+    builder: BuilderName = None,
 ) -> None:
     """Compare a compacted network with the gated one, output for output."""
     found = checked(
@@ -167,6 +169,34 @@ def verify_command(
     print(f"largest difference over {found.inputs}: {found.difference:g}")
     if found.difference != 0:
         raise typer.Exit(1)
+
+
+@app.command("export")
+def export_command(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_RUN")],
+    format: Annotated[Literal["safetensors", "torch", "onnx"], typer.Option()],
+    output: Annotated[Path, typer.Option(help="A file; for safetensors a folder.")],
+    batch: Annotated[
+        str, typer.Option(metavar="N|dynamic", help="Rows of a call of the exported network.")
+    ] = "dynamic",
+    builder: BuilderName = None,
+) -> None:
+    """Write a plain network: weights and structure, a torch.export program, or ONNX."""
+    if batch != "dynamic" and not (batch.isascii() and batch.isdigit() and int(batch) >= 1):
+        raise typer.BadParameter(f"--batch takes a number of rows or dynamic, got {batch!r}")
+    folder = locate(path)
+    model, structure = load_model(folder, None if builder is None else imported(builder))
+    if format == "safetensors":
+        if batch != "dynamic":
+            raise typer.BadParameter("--batch is for programs: safetensors hold weights alone")
+        check_absent(output)
+        save(output, model.state_dict(), structure | {"eliminated": absent(structure)})
+    else:
+        rows = None if batch == "dynamic" else int(batch)
+        inputs = next(random_batches(folder, structure))
+        difference = export(model, inputs, output, format, rows)
+        print(f"largest difference from the module on random inputs: {difference:g}")
+    print(output)
 
 
 @app.command("report")

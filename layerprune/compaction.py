@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from layerprune.cost import Inputs, as_call, evaluating
 from layerprune.sections import Section, find_sections
-from layerprune.sections.discovery import adapter_of
+from layerprune.sections.discovery import adapter_of, forward_order
 
 _NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 _KEEPS_SIGN = (
@@ -30,7 +31,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuses an optimizer that compaction could not serve.
 
     Raises:
-        TypeError: for LBFGS and SparseAdam, and for what is no optimizer.
+        TypeError: for LBFGS and SparseAdam, for those of ``torch.distributed``, for one that wraps
+            another and keeps groups or state of its own, and for what is no optimizer.
         ValueError: if the optimizer holds none of the model's parameters.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -42,6 +44,20 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__} keeps state that cannot be split by parameter; "
             "use SGD, Adam, AdamW or another optimizer of torch.optim"
         )
+    if any(kind.__module__.startswith("torch.distributed.") for kind in type(optimizer).__mro__):
+        raise TypeError(
+            f"{type(optimizer).__name__} spreads its state over ranks or averages by itself, which "
+            "compaction does not reach: use an optimizer of torch.optim on every rank"
+        )
+    for inner in tree_leaves(vars(optimizer)):
+        if isinstance(inner, torch.optim.Optimizer) and not (
+            inner.state is optimizer.state and inner.param_groups is optimizer.param_groups
+        ):
+            raise TypeError(
+                f"{type(optimizer).__name__} wraps {type(inner).__name__} and keeps parameter "
+                "groups or state apart from it, which compaction does not reach: use "
+                f"{type(inner).__name__} itself"
+            )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, model.parameters())):
         raise ValueError(
@@ -51,9 +67,9 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def remove_sections(
-    model: nn.Module, sections: Sequence[Section], optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module, sections: Sequence[Section], optimizers: Sequence[torch.optim.Optimizer] = ()
 ) -> None:
-    """Removes sections from a model and what they leave unused from its optimizer.
+    """Removes sections from a model and what they leave unused from its optimizers.
 
     What remains keeps its names, its parameters and their optimizer state; parameter groups are
     edited in place and keep their number.
@@ -61,14 +77,9 @@ def remove_sections(
     Args:
         model: the model, changed in place.
         sections: sections of that model, gated or not.
-        optimizer: the optimizer to shrink along.
-
-    Raises:
-        TypeError: if the optimizer is of a kind that cannot be shrunk.
-        ValueError: if the optimizer holds none of the model's parameters.
+        optimizers: those to shrink along, which `check_optimizer` accepts; they may hold none of
+            the parameters any more.
     """
-    if optimizer is not None:
-        check_optimizer(model, optimizer)
     before = {id(p) for p in model.parameters()}
     for section in sections:
         module = section.module
@@ -82,13 +93,9 @@ def remove_sections(
         for place in places:
             path, _, key = place.rpartition(".")
             setattr(model.get_submodule(path), key, remainder)
-    if optimizer is not None:
-        gone = before - {id(p) for p in model.parameters()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in gone:
-                    optimizer.state.pop(parameter, None)
-            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+    gone = before - {id(p) for p in model.parameters()}
+    for optimizer in optimizers:
+        _forget(optimizer, gone)
 
 
 def eliminate_sections(model: nn.Module, names: Iterable[str], example_inputs: Inputs) -> nn.Module:
@@ -148,6 +155,19 @@ def verify(gated: nn.Module, compacted: nn.Module, batches: Iterable[Inputs]) ->
     return worst
 
 
+def _forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
+    """Takes parameters, given by their ids, out of an optimizer's groups and its state."""
+    for group in optimizer.param_groups:
+        stays = [id(parameter) not in gone for parameter in group["params"]]
+        for parameter, stay in zip(group["params"], stays, strict=True):
+            if not stay:
+                optimizer.state.pop(parameter, None)
+        # Groups made from `named_parameters()` list the names alongside.
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = compress(group[key], stays)
+
+
 def _named(sections: dict[str, Section], name: str) -> Section:
     if name not in sections:
         raise ValueError(f"{name!r} is no section of this model; it has {sorted(sections)}")
@@ -155,16 +175,14 @@ def _named(sections: dict[str, Section], name: str) -> Section:
 
 
 def _nonnegative_input(model: nn.Module, name: str) -> bool:
-    """Whether what comes before a module in its `Sequential` puts out no negative value."""
+    """Whether what comes before a module, as far as that is known, puts out no negative value."""
     path, _, key = name.rpartition(".")
     parent = model.get_submodule(path)
-    if type(parent) is not nn.Sequential:
+    order = forward_order(parent)
+    if key not in order:
         return False
-    keys = list(parent._modules)
-    before = keys.index(key)
-    while before > 0:
-        before -= 1
-        module = parent[before]
+    for earlier in reversed(order[: order.index(key)]):
+        module = parent.get_submodule(earlier)
         if type(module) not in _KEEPS_SIGN:
             return _nonnegative_output(module)
     return bool(path) and _nonnegative_input(model, path)

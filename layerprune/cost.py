@@ -45,6 +45,17 @@ def evaluating(model: nn.Module):
             module.training = training
 
 
+@contextmanager
+def plain_attention():
+    """Keeps torch's Transformer layers from their fused attention of evaluation mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def batch_tensors(inputs: object) -> list[Tensor]:
     """The tensors that may carry the batch: the first one, and all with as many rows."""
     rows = batch_size_of(inputs)
@@ -91,13 +102,8 @@ def dry_run(
     }
     args, kwargs = as_call(tree_map(to_meta, inputs))
     # torch's fused attention in evaluation mode makes nested tensors, which have no meta form.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), evaluating(model):
-            return functional_call(model, state, args, kwargs, tie_weights=False)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with torch.no_grad(), evaluating(model), plain_attention():
+        return functional_call(model, state, args, kwargs, tie_weights=False)
 
 
 def forward_flops(model: nn.Module, inputs: Inputs) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from layerprune.elimination import Verdict, in_domain_of_attraction
@@ -79,7 +81,7 @@ def attracted(run: RunState) -> list[int]:
     return gone
 
 
-def check_decay(run: RunState, optimizer: torch.optim.Optimizer) -> None:
+def check_decay(run: RunState, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """The attraction rule rests on weight decay of everything in a branch.
 
     Raises:
@@ -87,6 +89,7 @@ def check_decay(run: RunState, optimizer: torch.optim.Optimizer) -> None:
     """
     decayed = {
         id(parameter)
+        for optimizer in optimizers
         for group in optimizer.param_groups
         if group.get("weight_decay", 0) > 0
         for parameter in group["params"]

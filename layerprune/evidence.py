@@ -8,7 +8,7 @@ having waited for it; on every device, so that runs agree.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ class PendingEvidence:
         measured: the measurement of a whole section, or None.
         rows_factor: what turns dC/dgate of a row into the derivative of the row's own loss, by
             batch size.
-        optimizer: the optimizer, which has stepped.
+        optimizers: the optimizers, which have stepped.
         scaler: the gradient scaler that the losses were scaled by, or None.
         accumulation: number that each micro-batch's loss was divided by.
         skipped: whether the optimizer's step was left out, where no scaler tells.
@@ -101,7 +101,7 @@ class PendingEvidence:
         gradients: GateGradients | None,
         measured: PendingMeasurement | None,
         rows_factor: Callable[[int], float],
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler | None,
         accumulation: int,
         skipped: bool = False,
@@ -119,10 +119,12 @@ class PendingEvidence:
         if not skipped and self._scaled:
             # `scaler.get_scale()` would wait for the device, as would any public way of asking
             # whether it skipped the step.
-            some = next(p for group in optimizer.param_groups for p in group["params"])
+            some = next(p for o in optimizers for group in o.param_groups for p in group["params"])
             scale = [scaler.scale(torch.ones((), device=some.device))]
             # Copies: the scaler adds up in place what other optimizers found.
-            overflows = [n.clone() for n in scaler._found_inf_per_device(optimizer).values()]
+            overflows = [
+                n.clone() for o in optimizers for n in scaler._found_inf_per_device(o).values()
+            ]
         self._scaling = HostCopy([*scale, *overflows])
 
     def arrive(self) -> StepEvidence:

@@ -113,6 +113,8 @@ class GateBank:
         ranks: the processes that draw for a part of each batch; None for this one alone.
 
     Attributes:
+        followers: gates for an average of the model. Nothing is drawn for them: in training mode
+            too they are open where the model's are in evaluation.
         widest: rows of the largest batch of any rank so far. No two ranks' rows have one number.
         idle: sections that no row has needed in a recorded draw since the last `collect`; None
             without such a draw.
@@ -122,7 +124,8 @@ class GateBank:
         self, names: list[str], config: PruneConfig, seed: int, ranks: Ranks | None = None
     ) -> None:
         self.gates = [Gate(name) for name in names]
-        for gate in self.gates:
+        self.followers = [Gate(name) for name in names]
+        for gate in (*self.gates, *self.followers):
             gate.owned = True
         self.config = config
         self.theta = torch.full((len(names),), float(config.theta_init), device="cpu")
@@ -243,8 +246,9 @@ class GateBank:
 
     def advance(self) -> None:
         """Ends a step: evaluation follows the new theta."""
-        for gate, value in zip(self.gates, self.theta.tolist(), strict=True):
-            gate.is_open = value >= 0.5
+        values = self.theta.tolist()
+        for gate, follower, value in zip(self.gates, self.followers, values, strict=True):
+            gate.is_open = follower.is_open = value >= 0.5
 
     def state_dict(self) -> dict:
         """Theta, the probe rates, and the place in the random stream."""

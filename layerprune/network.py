@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from layerprune.compaction import remove_sections
 from layerprune.gates import Gate
+from layerprune.renumber import renumber
 from layerprune.sections import Section
 
 
@@ -20,8 +21,7 @@ class Network:
     Args:
         model: the model.
         sections: its sections.
-        ema: an average of the model, or None. Its sections get the model's gates: in evaluation
-            they are open where the model's are.
+        ema: an average of the model, or None.
 
     Raises:
         TypeError: if ``ema`` is no average.
@@ -34,12 +34,12 @@ class Network:
         self.model = model
         self._parts = [(model, list(sections))]
         if ema is not None:
-            self._parts.append(_averaged(ema, sections))
+            self._parts.append(_averaged(ema, model, sections))
 
-    def attach(self, gates: Sequence[Gate]) -> None:
-        """Gives each section its gate."""
-        for _, sections in self._parts:
-            for section, gate in zip(sections, gates, strict=True):
+    def attach(self, gates: Sequence[Gate], followers: Sequence[Gate]) -> None:
+        """Gives each section its gate, and the average's sections the gates that follow those."""
+        for (_, sections), given in zip(self._parts, (gates, followers), strict=False):
+            for section, gate in zip(sections, given, strict=True):
                 section.adapter.attach(section.module, gate)
 
     def detach(self, indices: Iterable[int]) -> None:
@@ -49,19 +49,38 @@ class Network:
             for index in chosen:
                 sections[index].adapter.detach(sections[index].module)
 
-    def remove(self, indices: Iterable[int], optimizer: Optimizer | None = None) -> None:
+    def remove(self, indices: Iterable[int], optimizers: Sequence[Optimizer] = ()) -> None:
         """Removes some sections, without their gates by now; see `remove_sections`."""
         chosen = list(indices)
         for model, sections in self._parts:
-            held = optimizer if model is self.model else None
+            held = optimizers if model is self.model else ()
             remove_sections(model, [sections[index] for index in chosen], held)
 
+    def renumber(self, indices: Iterable[int]) -> None:
+        """Closes the gaps that removed sections left; see `renumber.renumber`."""
+        chosen = list(indices)
+        for model, sections in self._parts:
+            renumber(model, [sections[index].name for index in chosen])
 
-def _averaged(ema: AveragedModel, sections: Sequence[Section]) -> tuple[nn.Module, list[Section]]:
+
+def _averaged(
+    ema: AveragedModel, model: nn.Module, sections: Sequence[Section]
+) -> tuple[nn.Module, list[Section]]:
+    """The averaged model and its sections, those of the model itself."""
     if not isinstance(ema, AveragedModel):
         raise TypeError(
             "ema must be a torch.optim.swa_utils.AveragedModel of the model, got "
             f"{type(ema).__name__}"
+        )
+    # The average pairs parameters by their order, and would not tell.
+    found, expected = (
+        [(name, parameter.shape) for name, parameter in one.named_parameters()]
+        for one in (ema.module, model)
+    )
+    if found != expected:
+        raise ValueError(
+            "ema is an average of another model: its parameters' names or shapes are not the "
+            "model's. Make it of the model itself, before that is wrapped"
         )
     there = dict(ema.module.named_modules(remove_duplicate=False))
     for section in sections:

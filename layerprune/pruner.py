@@ -64,8 +64,8 @@ class LayerPruner:
         sections: the sections to gate; ``None`` for all that `find_sections` finds.
         ignored: modules, types or name patterns that `find_sections` leaves out.
         loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over the batch's rows.
-        ema: an average of this model, which is compacted along, and whose sections are open in
-            evaluation where the model's are.
+        ema: an average of this model, which is compacted along, and whose sections are open where
+            the model's are in evaluation.
         seed: key of the gates' random stream.
 
     Raises:
@@ -127,10 +127,11 @@ class LayerPruner:
             status=["open"] * len(found),
         )
         self._agreement = Agreement(self._run, self._ranks)
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizers: tuple[torch.optim.Optimizer, ...] | None = None
         self._step_hook = drop_idle_gradients(self._run) if self._ranks.count > 1 else None
+        self._renumbered = False
         self._learner = ThetaLearner(self._run)
-        self._network.attach(self._run.bank.gates)
+        self._network.attach(self._run.bank.gates, self._run.bank.followers)
         self._learner.allocate_probes()
         self._forwards = Forwards(
             model, self._run, self._rows_factor, flops.get("", 0.0), self._branch_flops
@@ -211,7 +212,7 @@ class LayerPruner:
 
     def step(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler | None = None,
         accumulation: int = 1,
         *,
@@ -227,6 +228,7 @@ class LayerPruner:
 
         Args:
             optimizer: holds the model's parameters; sections that leave the model leave it too.
+                Where several share them, a list of all.
             scaler: the gradient scaler in use; a step that it skips moves no theta either.
             accumulation: micro-batches of this step, if each one's loss was divided by their
                 number.
@@ -244,23 +246,28 @@ class LayerPruner:
                 not a whole number of at least 1.
         """
         run = self._run
+        several = isinstance(optimizer, list | tuple)
+        optimizers = tuple(optimizer) if several else (optimizer,)
         with run.ledger.timed("step"):
             if not (isinstance(accumulation, int) and accumulation >= 1):
                 raise ValueError(f"accumulation must be a whole number >= 1, got {accumulation!r}")
             if not (scaler is None or isinstance(scaler, torch.amp.GradScaler)):
                 raise TypeError(f"scaler must be a GradScaler or None, got {type(scaler).__name__}")
             if scaler is not None and scaler.is_enabled() and not skipped:
-                if not scaler._found_inf_per_device(optimizer):
+                if not all(map(scaler._found_inf_per_device, optimizers)):
                     raise RuntimeError(
                         "with a scaler, call the pruner's step after scaler.step(optimizer) and "
                         "before scaler.update()"
                     )
             self._ranks.check()
-            if optimizer is None or optimizer is not self._optimizer:
-                check_optimizer(self.model, optimizer)
+            if optimizers != self._optimizers:
+                if not optimizers:
+                    raise TypeError("optimizer is an empty list: give all that hold parameters")
+                for each in optimizers:
+                    check_optimizer(self.model, each)
                 if run.config.rule == "attraction":
-                    check_decay(run, optimizer)
-                self._optimizer = optimizer
+                    check_decay(run, optimizers)
+                self._optimizers = optimizers
             phase, first_event = run.phase, len(run.events)
             run.evidence.put(
                 PendingEvidence(
@@ -268,7 +275,7 @@ class LayerPruner:
                     run.bank.collect(),
                     self._forwards.measurement(),
                     self._rows_factor,
-                    optimizer,
+                    optimizers,
                     scaler,
                     accumulation,
                     skipped,
@@ -278,7 +285,7 @@ class LayerPruner:
             if run.step_count + 1 == run.schedule.total_steps:
                 gone += round_by_theta(run, leaving=gone)
             if gone:
-                self._eliminate(gone, optimizer)
+                self._eliminate(gone, optimizers)
             run.step_count += 1
             self._change_phase(phase)
             run.bank.advance()
@@ -337,11 +344,20 @@ class LayerPruner:
         """A short name of what was decided and drawn so far; the same on all ranks."""
         return digest(self._run)
 
-    def strip(self) -> nn.Module:
+    def strip(self, renumber: bool = False) -> nn.Module:
         """Ends pruning: the same model without gates, of its original classes.
 
         Sections still undecided, where fewer than ``total_steps`` were made, are kept or removed as
         evaluation would have it (theta >= 1/2); an optimizer is not edited then.
+
+        A torchvision ResNet that is renumbered loads into ``torchvision.models.ResNet(block,
+        layers)`` with the smaller numbers of blocks if only blocks without a downsampling shortcut
+        left and each stage has one still; otherwise into `models.torchvision_resnet`.
+
+        Args:
+            renumber: take the empty places out of numbered containers, of the model and of its
+                average, as `renumber` does: names change then, and are no longer those of
+                `structure` and of the events.
         """
         self.close()
         run = self._run
@@ -349,6 +365,11 @@ class LayerPruner:
         left = [i for i, status in enumerate(run.status) if status != "eliminated"]
         self._network.detach(left)
         self._network.remove(closed)
+        for index in closed:
+            run.status[index] = "eliminated"
+        if renumber:
+            self._network.renumber(run.where("eliminated"))
+            self._renumbered = True
         return self.model
 
     def close(self) -> None:
@@ -361,7 +382,15 @@ class LayerPruner:
         """The sections and what became of them, as JSON would have it.
 
         ``eliminated`` names those that the model lacks, also the ones that `strip` has removed.
+
+        Raises:
+            RuntimeError: if `strip` has renumbered the model.
         """
+        if self._renumbered:
+            raise RuntimeError(
+                "the model's sections have other names since strip(renumber=True): take its "
+                "structure, or save it, before that"
+            )
         present = set(self.model.modules())
         return {
             "sections": [
@@ -449,11 +478,11 @@ class LayerPruner:
                 len(run.where("open")), run.schedule.total_steps - run.step_count
             )
 
-    def _eliminate(self, gone: list[int], optimizer: torch.optim.Optimizer) -> None:
+    def _eliminate(self, gone: list[int], optimizers: Sequence[torch.optim.Optimizer]) -> None:
         run = self._run
         self._network.detach(gone)
         for index in gone:
             run.status[index] = "eliminated"
             run.bank.theta[index] = 0.0
-        self._network.remove(gone, optimizer)
+        self._network.remove(gone, optimizers)
         self._learner.weaken()

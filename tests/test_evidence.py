@@ -124,7 +124,7 @@ def test_a_scaler_and_accumulation_divide_out():
         loss = model(torch.ones(ROWS, 4)).square().mean() / accumulation
         (loss if scaler is None else scaler.scale(loss)).backward()
         pending = PendingEvidence(
-            1, pruner._run.bank.collect(), None, float, optimizer, scaler, accumulation
+            1, pruner._run.bank.collect(), None, float, [optimizer], scaler, accumulation
         )
         if scaler is not None:
             scaler._scale.fill_(7.0)

@@ -826,7 +826,7 @@ def test_the_ledger_keeps_counting_when_every_section_is_gone(digits):
     pruner, optimizer = _pruner(model, 200), _sgd(model)
     for step in range(3):
         _step(model, pruner, optimizer, digits, step)
-    pruner._eliminate([0, 1, 2], optimizer)
+    pruner._eliminate([0, 1, 2], [optimizer])
     assert not any(isinstance(module, GatedResidual) for module in model.modules())
     before = pruner.ledger.as_dict()
     for step in range(3, 200):

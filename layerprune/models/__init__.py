@@ -1,7 +1,8 @@
 """Networks made of residual sections that a `LayerPruner` can gate, each built from one place.
 
-Every network is one flat ``nn.Sequential`` of named stages, so that what comes before and after a
-section is plain to see, for a reader and for a program.
+Every network that `build` knows is one flat ``nn.Sequential`` of named stages, so that what comes
+before and after a section is plain to see, for a reader and for a program. `torchvision_resnet`
+makes what a pruned one of torchvision's is.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import nn
 
 from layerprune.models.lenet import lenet5
 from layerprune.models.resnet import resnet
+from layerprune.models.torchvision_resnet import torchvision_resnet
 from layerprune.models.vgg import vgg16
 
-__all__ = ["build", "lenet5", "names", "resnet", "vgg16"]
+__all__ = ["build", "lenet5", "names", "resnet", "torchvision_resnet", "vgg16"]
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "lenet5": lenet5,

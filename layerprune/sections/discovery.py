@@ -27,6 +27,25 @@ def _known_blocks() -> dict[type[nn.Module], Adapter]:
     return {block: a for a in ADAPTERS for block in (a.original, a.twin)}
 
 
+@functools.cache
+def _known_networks() -> dict[type[nn.Module], tuple[str, ...]]:
+    try:
+        from layerprune.sections.torchvision import FORWARD_ORDER
+    except ImportError:
+        return {}
+    return FORWARD_ORDER
+
+
+def forward_order(module: nn.Module) -> tuple[str, ...]:
+    """The children that a module runs one on the output of another; none where that is not known.
+
+    ``nn.Sequential`` and known networks, by their exact class.
+    """
+    if type(module) is nn.Sequential:
+        return tuple(module._modules)
+    return _known_networks().get(type(module), ())
+
+
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of a `GatedResidual` or a known block, gated already or not."""
     if isinstance(module, GatedResidual):
@@ -36,10 +55,14 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 
 @dataclass(frozen=True)
 class _Call:
-    """Shapes of one module's call: by position or name, and of its result."""
+    """Shapes of one module's call: by position or name, and of its result.
+
+    Arguments that are no tensors have no shape, and count.
+    """
 
     arguments: dict[int | str, tuple[int, ...]]
     result: tuple[int, ...] | None
+    count: int
 
 
 def find_sections(model: nn.Module, example_inputs: Inputs, ignored: Ignored = ()) -> list[Section]:
@@ -136,7 +159,7 @@ def _recorded_calls(model: nn.Module, inputs: Inputs) -> dict[str, list[_Call]]:
             given = dict(enumerate(args)) | kwargs
             shapes = {k: tuple(v.shape) for k, v in given.items() if isinstance(v, Tensor)}
             out = tuple(result.shape) if isinstance(result, Tensor) else None
-            calls.setdefault(name, []).append(_Call(shapes, out))
+            calls.setdefault(name, []).append(_Call(shapes, out, len(given)))
 
         return hook
 
@@ -193,4 +216,4 @@ def _opaque_adapter(module: nn.Module, calls: list[_Call]) -> OpaqueAdapter | No
         batched.add(key)
     if 0 not in batched or second.result != second.arguments[0]:
         return None
-    return OpaqueAdapter(frozenset(batched), len(first.arguments) > 1)
+    return OpaqueAdapter(frozenset(batched), first.count > 1)

@@ -7,7 +7,7 @@ parameters and `state_dict` keys stay as they were.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from layerprune.gates import Gate
 from layerprune.sections.base import straight_path
@@ -85,3 +85,12 @@ ADAPTERS = (
     BlockAdapter(Bottleneck, GatedBottleneck),
 )
 """Known blocks, by their exact class: a subclass may compute something else."""
+
+FORWARD_ORDER = {
+    ResNet: (
+        *("conv1", "bn1", "relu", "maxpool"),
+        *("layer1", "layer2", "layer3", "layer4"),
+        *("avgpool", "fc"),
+    )
+}
+"""The children of known networks as their forward runs them, each on the output of the last."""

@@ -20,7 +20,7 @@ from layerprune.training.evaluation import compaction_difference, test_images
 from layerprune.training.runfolder import CheckpointError, holds_run, locate, read_args
 from layerprune.training.structure import random_inputs
 
-__all__ = ["Check", "checked", "data_of", "imported"]
+__all__ = ["Check", "checked", "data_of", "imported", "random_batches"]
 
 _BATCHES = 4
 """Of random inputs."""
@@ -69,7 +69,7 @@ def checked(
     except data.DataError as error:
         if data_dir is not None:
             raise
-        batches, inputs = _random_batches(folder, structure), f"{_BATCHES} random batches"
+        batches, inputs = random_batches(folder, structure), f"{_BATCHES} random batches"
         without_data = str(error)
     else:
         batches, inputs = test_images(splits), f"{len(splits.test)} test images"
@@ -108,7 +108,12 @@ def data_of(folder: Path, structure: dict[str, Any], data_dir: Path | None) -> d
     return splits
 
 
-def _random_batches(folder: Path, structure: dict[str, Any]) -> Iterator[Inputs]:
+def random_batches(folder: Path, structure: dict[str, Any]) -> Iterator[Inputs]:
+    """Random inputs of the shapes in a checkpoint.
+
+    Raises:
+        CheckpointError: it has none.
+    """
     if structure["inputs"] is None:
         raise CheckpointError(
             f"{folder} names neither data nor the shapes of inputs: save it with example_inputs"

@@ -213,6 +213,14 @@ def test_what_is_given_to_save(tmp_path):
     }
 
 
+def test_what_is_renumbered_is_not_saved(tmp_path):
+    pruner = Loop().go(5).pruner
+    pruner.strip(renumber=True)
+    with pytest.raises(RuntimeError, match="save it, before"):
+        layerprune.save(tmp_path / "c", pruner)
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_builder_of_another_model_or_precision(tmp_path):
     layerprune.save(tmp_path / "c", Loop().pruner)
     with pytest.raises(CheckpointError, match="does not fit the network"):
