@@ -129,7 +129,7 @@ class LayerPruner:
         self._agreement = Agreement(self._run, self._ranks)
         self._optimizers: tuple[torch.optim.Optimizer, ...] | None = None
         self._step_hook = drop_idle_gradients(self._run) if self._ranks.count > 1 else None
-        self._renumbered = False
+        self.renumbered = False
         self._learner = ThetaLearner(self._run)
         self._network.attach(self._run.bank.gates, self._run.bank.followers)
         self._learner.allocate_probes()
@@ -369,7 +369,7 @@ class LayerPruner:
             run.status[index] = "eliminated"
         if renumber:
             self._network.renumber(run.where("eliminated"))
-            self._renumbered = True
+            self.renumbered = True
         return self.model
 
     def close(self) -> None:
@@ -382,15 +382,7 @@ class LayerPruner:
         """The sections and what became of them, as JSON would have it.
 
         ``eliminated`` names those that the model lacks, also the ones that `strip` has removed.
-
-        Raises:
-            RuntimeError: if `strip` has renumbered the model.
         """
-        if self._renumbered:
-            raise RuntimeError(
-                "the model's sections have other names since strip(renumber=True): take its "
-                "structure, or save it, before that"
-            )
         present = set(self.model.modules())
         return {
             "sections": [

@@ -44,9 +44,14 @@ def save(
     Raises:
         FileExistsError: if the path is a file, or a folder that is no checkpoint.
         TypeError: if an example input can not be described.
-        ValueError: if the builder does not build this network, or ``training`` holds something
-            else.
+        ValueError: if the builder does not build this network, ``training`` holds something else,
+            or the network was renumbered.
     """
+    if pruner.renumbered:
+        raise ValueError(
+            "the model was renumbered, and no longer has the names by which it is rebuilt: save it "
+            "before strip(renumber=True)"
+        )
     folder = Path(path)
     if folder.exists() and not (folder / checkpoint.STRUCTURE).is_file():
         if not folder.is_dir() or any(folder.iterdir()):

@@ -216,7 +216,7 @@ def test_what_is_given_to_save(tmp_path):
 def test_what_is_renumbered_is_not_saved(tmp_path):
     pruner = Loop().go(5).pruner
     pruner.strip(renumber=True)
-    with pytest.raises(RuntimeError, match="save it, before"):
+    with pytest.raises(ValueError, match="save it before strip"):
         layerprune.save(tmp_path / "c", pruner)
     assert not (tmp_path / "c").exists()
 
