@@ -129,6 +129,7 @@ class LayerPruner:
         self._agreement = Agreement(self._run, self._ranks)
         self._optimizers: tuple[torch.optim.Optimizer, ...] | None = None
         self._step_hook = drop_idle_gradients(self._run) if self._ranks.count > 1 else None
+        self.renumbered = False
         self._learner = ThetaLearner(self._run)
         self._network.attach(self._run.bank.gates, self._run.bank.followers)
         self._learner.allocate_probes()
@@ -368,6 +369,7 @@ class LayerPruner:
             run.status[index] = "eliminated"
         if renumber:
             self._network.renumber(run.where("eliminated"))
+            self.renumbered = True
         return self.model
 
     def close(self) -> None:

@@ -222,6 +222,6 @@ def gated_model(path: str | os.PathLike[str], builder: Builder | None = None) ->
         section.adapter.attach(section.module, gate)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
-            absent_ones = [key for key, tensor in tensors.items() if getattr(tensor, "is_meta", 0)]
-            tensors.update(dict.fromkeys(absent_ones))
+            for name in [name for name, t in tensors.items() if t is not None and t.is_meta]:
+                tensors[name] = None
     return model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,10 +53,10 @@ def save(
         if tensors is not None:
             safetensors.torch.save_file(_separate(tensors), temporary / name)
     if training is not None:
-        torch.save(dict(training), temporary / TRAINING)
         try:
+            torch.save(dict(training), temporary / TRAINING)
             check_torch(temporary / TRAINING)
-        except ValueError as error:
+        except (AttributeError, TypeError, ValueError, pickle.PicklingError) as error:
             raise ValueError(f"training cannot be saved: {error}") from error
     checksums = {path.name: sha256(path) for path in temporary.iterdir()}
     (temporary / STRUCTURE).write_text(encoded(structure, checksums), encoding="utf-8")

@@ -44,9 +44,14 @@ def save(
     Raises:
         FileExistsError: if the path is a file, or a folder that is no checkpoint.
         TypeError: if an example input can not be described.
-        ValueError: if the builder does not build this network, or ``training`` holds something
-            else.
+        ValueError: if the builder does not build this network, ``training`` holds something else,
+            or the network was renumbered.
     """
+    if pruner.renumbered:
+        raise ValueError(
+            "the model was renumbered, and no longer has the names by which it is rebuilt: save it "
+            "before strip(renumber=True)"
+        )
     folder = Path(path)
     if folder.exists() and not (folder / checkpoint.STRUCTURE).is_file():
         if not folder.is_dir() or any(folder.iterdir()):
@@ -102,6 +107,11 @@ def restore(path: str | os.PathLike[str], pruner: LayerPruner) -> dict[str, Any]
     folder = locate(path)
     state = checkpoint.read_training(folder)
     checkpoint.read_weights(folder)  # nothing is changed before all files are known to be whole
+    if "training" not in state:
+        raise checkpoint.CheckpointError(
+            f"{folder / checkpoint.TRAINING} was not written by layerprune.save: go on with this "
+            "run by layerprune train --resume"
+        )
     try:
         training = state["training"]
         pruner.load_state_dict(state["pruner"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -194,7 +193,7 @@ def cut_after(path: Path, header: str, step: int) -> str:
     def kept(text: str) -> str:
         lines = [line + "\n" for line in complete_lines(text)]
         if not header:
-            return "".join(line for line in lines if json.loads(line)["step"] <= step)
+            return "".join(line for line in lines if parsed_json(line)["step"] <= step)
         if lines[:1] != [header]:
             raise ValueError(f"expected the columns {header.strip()}, as this run's model has them")
         column = next(csv.reader([header])).index("step")

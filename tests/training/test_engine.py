@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from layerprune import models
 from layerprune.evidence import EvidenceQueue
-from layerprune.training import data, load, loop, recipe
+from layerprune.training import data, loop, recipe
 from layerprune.training.assembly import learning_rate_factor
+from layerprune.training.checkpoint import load_model
 from layerprune.training.engine import train
 from layerprune.training.evaluation import evaluate
 from layerprune.training.loop import TrainingDiverged
@@ -44,7 +45,7 @@ def test_the_dense_control_is_plain_pytorch(small, tmp_path):
             step += 1
     model.eval()
 
-    trained, _ = load(tmp_path / "run")
+    trained, _ = load_model(tmp_path / "run")
     assert trained.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(trained.state_dict()[name], tensor), name
@@ -81,9 +82,9 @@ def test_a_pruned_run_and_what_it_leaves(small, tmp_path):
     # Every checkpoint, also one with undecided sections, gives what its epoch's row says.
     splits = data.load("digits")
     for row in record.epochs:
-        model, _ = load(tmp_path / f"checkpoint-{row['step']}")
+        model, _ = load_model(tmp_path / f"checkpoint-{row['step']}")
         assert evaluate(model, splits, CPU) == (row["test_loss"], row["test_accuracy"])
-    model, structure = load(tmp_path)
+    model, structure = load_model(tmp_path)
     assert evaluate(model, splits, CPU) == (summary["test_loss"], summary["accuracy"])
     assert len(structure["eliminated"]) == len(removed)
 
@@ -109,7 +110,7 @@ def test_sections_left_out_from_the_start(small, tmp_path):
     kept = [part["name"] for part in summary["architecture"] if part["kept"]]
     assert len(kept) == 7 and not set(kept) & set(without)
     assert summary["train_flops_fraction"] == summary["inference_flops_fraction"] < 1
-    model, _ = load(tmp_path)
+    model, _ = load_model(tmp_path)
     assert not any(name.startswith(f"{without[0]}.") for name in model.state_dict())
 
 
@@ -123,7 +124,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch, p
     with pytest.raises(TrainingDiverged, match=r"step 21.*checkpoint-20.*lr") as stopped:
         train(replace(small, prune=prune), None, tmp_path, progress=False, device="cpu")
     assert isinstance(stopped.value, FloatingPointError)
-    model, _ = load(tmp_path)
+    model, _ = load_model(tmp_path)
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 

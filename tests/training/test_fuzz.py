@@ -1,7 +1,9 @@
 """Thousands of damaged and hostile checkpoints: each is refused by name, or loads as it was."""
 
+import codecs
 import contextlib
 import copy
+import functools
 import json
 import random
 import resource
@@ -9,14 +11,17 @@ import shutil
 import signal
 import struct
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from layerprune.training import checkpoint, untrusted
+from layerprune.training import checkpoint, recipe, untrusted
 from layerprune.training.builders import build_on_meta
 from layerprune.training.checkpoint import CheckpointError, gated_model, load_model
+from layerprune.training.records import read_run
+from layerprune.training.runfolder import RunFolderError, read_args, write_args
 from layerprune.training.structure import digest, random_inputs
 
 WEIGHTS, STRUCTURE, TRAINING = "model.safetensors", "structure.json", "training.pt"
@@ -361,6 +366,7 @@ class Calls:
         Calls(bytearray, 1 << 40),
         Calls(torch.Tensor, 1 << 40),
         Calls(torch.UntypedStorage, 1 << 40),
+        functools.reduce(lambda x, _: Calls(codecs.encode, x, "hex"), range(24), b"x" * 64),
         nn.Linear(2, 2),
     ],
 )
@@ -395,6 +401,24 @@ def test_a_training_state_that_unpacks_to_more(target):
         "\0",
     ],
 )
-def test_yaml_that_is_refused(text):
-    with guarded(), pytest.raises(ValueError):
-        untrusted.parsed_yaml(text)
+def test_yaml_that_is_refused(tmp_path, text):
+    for name in ("args.yaml", "summary.csv"):
+        (tmp_path / name).write_text(text)
+    for read, error in (
+        (lambda: recipe.load(str(tmp_path / "args.yaml")), recipe.RecipeError),
+        (lambda: read_args(tmp_path), RunFolderError),
+        (lambda: read_run(tmp_path), ValueError),
+    ):
+        with guarded(), pytest.raises(error, match=r"args\.yaml") as raised:
+            read()
+        assert len(str(raised.value)) < 2000
+
+
+def test_what_is_written_twice_is_read_back(tmp_path, small):
+    """YAML would write the second of two equal lists as a reference to the first."""
+    shared = {"theta_init": 0.5}
+    twice = replace(small, prune_config=shared, model_args={"width": 4})
+    object.__setattr__(twice, "model_args", shared)
+    write_args(tmp_path, twice, None)
+    assert "&" not in (tmp_path / "args.yaml").read_text()
+    assert read_args(tmp_path)[0].model_args == shared

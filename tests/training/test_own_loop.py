@@ -3,12 +3,15 @@
 import copy
 import json
 import os
+import random
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from torchvision.models import resnet18
 
 import layerprune
@@ -192,6 +195,8 @@ def test_what_is_given_to_save(tmp_path):
         layerprune.save(tmp_path / "c", pruner, example_inputs=(inputs()[0], [1]))
     with pytest.raises(ValueError, match="training cannot be saved: .*Mixed"):
         layerprune.save(tmp_path / "c", pruner, training={"model": Mixed()})
+    with pytest.raises(ValueError, match="training cannot be saved: .*lambda"):
+        layerprune.save(tmp_path / "c", pruner, training={"schedule": lambda step: step})
     with pytest.raises(ValueError, match="unknown model 'x'"):
         layerprune.save(tmp_path / "c", pruner, builder=("x", {}))
     assert not (tmp_path / "c").exists()
@@ -206,6 +211,14 @@ def test_what_is_given_to_save(tmp_path):
         "mask": {"value": None},
         "n": {"value": 2},
     }
+
+
+def test_what_is_renumbered_is_not_saved(tmp_path):
+    pruner = Loop().go(5).pruner
+    pruner.strip(renumber=True)
+    with pytest.raises(ValueError, match="save it before strip"):
+        layerprune.save(tmp_path / "c", pruner)
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_builder_of_another_model_or_precision(tmp_path):
@@ -234,6 +247,41 @@ def test_first_schema_is_read(tmp_path):
     assert verify(gated_model(tmp_path / "c"), plain, [images]) == 0.0
 
 
+SCHEDULES = {
+    "MultiStepLR": {"milestones": [2, 2, 5]},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 9},
+    "CyclicLR": {"base_lr": 0.1, "max_lr": 0.2},
+    "ReduceLROnPlateau": {},
+    "CosineAnnealingWarmRestarts": {"T_0": 3},
+    "LambdaLR": {"lr_lambda": lambda step: 0.5},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam])
+def test_states_that_training_holds(tmp_path, name, kind):
+    """What optimizers, schedules, scalers, averages and generators keep comes back as it was."""
+    loop = Loop()
+    model, optimizer = loop.pruner.model, kind(loop.pruner.model.parameters())
+    schedule = getattr(torch.optim.lr_scheduler, name)(optimizer, **SCHEDULES[name])
+    model(*inputs()).sum().backward()
+    optimizer.step()
+    training = {
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "average": torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2)).state_dict(),
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+    }
+    layerprune.save(tmp_path / "c", loop.pruner, training=training)
+    found = layerprune.restore(tmp_path / "c", Loop().pruner)
+    ours, theirs = tree_flatten(found), tree_flatten(training)
+    assert ours[1] == theirs[1]
+    for one, two in zip(ours[0], theirs[0], strict=True):
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("fails", [False, True])
 def test_one_rank_writes_and_all_wait(tmp_path, monkeypatch, rank, fails):
@@ -251,3 +299,19 @@ def test_one_rank_writes_and_all_wait(tmp_path, monkeypatch, rank, fails):
     with pytest.raises(ZeroDivisionError) if fails and rank == 0 else nullcontext():
         layerprune.save(tmp_path / "c", pruner)
     assert (tmp_path / "c").exists() == (rank == 0 and not fails) and waited == [rank]
+
+
+def _saves_and_restores(rank, folder):
+    loop = Loop().go(2)
+    layerprune.save(f"{folder}/c", loop.pruner, training={"rank": 7})
+    written = sorted(os.listdir(f"{folder}/c"))  # on all ranks: they have waited
+    fresh = Loop()
+    found = layerprune.restore(f"{folder}/c", fresh.pruner)
+    return written, found, fresh.pruner.digest() == loop.pruner.digest()
+
+
+def test_two_ranks_share_a_checkpoint(tmp_path):
+    answers = run_ranks(_saves_and_restores, 2, str(tmp_path))
+    files = ["model.safetensors", "structure.json", "training.pt"]
+    assert list(answers) == [(files, {"rank": 7}, True)] * 2
+    assert os.listdir(tmp_path) == ["c"]

@@ -55,7 +55,6 @@ def test_the_state_of_every_schedule_is_read_back(name, tmp_path):
     [
         collections.Counter("aab"),
         {1, 2},
-        b"ab",
         2j,
         torch.amp.GradScaler("cpu").state_dict(),
         torch.get_rng_state(),
