@@ -49,7 +49,18 @@ class Gate:
     pickle of a gate is open and knows nothing of the pruner: a copied model is a plain one.
     """
 
-    __slots__ = ("draw", "is_open", "name", "on_entry", "on_exit", "owned", "recorder", "replay")
+    __slots__ = (
+        "dispatch",
+        "draw",
+        "forward",
+        "is_open",
+        "name",
+        "on_entry",
+        "on_exit",
+        "owned",
+        "recorder",
+        "replay",
+    )
 
     def __init__(self, name: str = "section") -> None:
         self.name = name
@@ -60,25 +71,14 @@ class Gate:
         self.on_exit: Callable[[], None] | None = None
         self.recorder: Callable[[Gate, Tensor], None] | None = None
         self.replay: deque[Tensor] | None = None
+        self.dispatch: Callable[..., Tensor] | None = None
+        self.forward: Callable[..., Tensor] | None = None
 
     def __deepcopy__(self, memo: dict) -> Gate:
         return Gate(self.name)
 
     def __reduce__(self) -> tuple:
         return Gate, (self.name,)
-
-    def run(self, forward: Callable[[], Tensor]) -> Tensor:
-        """Runs the section's forward, or repeats what an earlier one on the same batch gave."""
-        if self.replay:
-            return self.replay.popleft()
-        if self.on_entry is not None:
-            self.on_entry()
-        output = forward()
-        if self.on_exit is not None:
-            self.on_exit()
-        if self.recorder is not None:
-            self.recorder(self, output)
-        return output
 
     def current(self, training: bool, batch_size: int) -> SectionDraw | bool:
         """The draw to apply, or True for an open and False for a closed gate.
