@@ -102,7 +102,8 @@ def dry_run(
     }
     args, kwargs = as_call(tree_map(to_meta, inputs))
     # torch's fused attention in evaluation mode makes nested tensors, which have no meta form.
-    with torch.no_grad(), evaluating(model), plain_attention():
+    eagerly = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), evaluating(model), plain_attention(), eagerly:
         return functional_call(model, state, args, kwargs, tie_weights=False)
 
 

@@ -16,22 +16,6 @@ from layerprune.run import RunState
 from layerprune.wrapping import check_unwrapped
 
 
-class _Hook:
-    """A forward hook that a copy or a pickle of the model does not take along."""
-
-    def __init__(self, call: Callable[..., object] | None = None) -> None:
-        self._call = call
-
-    def __call__(self, *args: object) -> object:
-        return None if self._call is None else self._call(*args)
-
-    def __deepcopy__(self, memo: dict) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self) -> tuple:
-        return _Hook, ()
-
-
 class Forwards:
     """Hooks on a model's forward.
 
@@ -61,9 +45,11 @@ class Forwards:
         self._is_drawn = False
         self._measured: int | None = None
         self._spent = [0.0] * len(branch_flops)
+        from layerprune.hooks import Hook
+
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
-            model.register_forward_hook(_Hook(self._after), with_kwargs=True),
+            model.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
+            model.register_forward_hook(Hook(self._after), with_kwargs=True),
         ]
 
     def close(self) -> None:

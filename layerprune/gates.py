@@ -205,8 +205,11 @@ class GateBank:
                 gate.draw, count = False, 0
             else:
                 leaf = gates[index]
-                if record and graded and not (forced and index in forced):
-                    leaves[index] = leaf.requires_grad_()
+                if record:
+                    # Also where nothing is probed: a compiler would compile that apart.
+                    leaf.requires_grad_()
+                    if graded and not (forced and index in forced):
+                        leaves[index] = leaf
                 gate.draw = SectionDraw(
                     leaf, slots[index], rows[index][:count], graded_rows[index][:graded]
                 )
