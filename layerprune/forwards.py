@@ -12,6 +12,7 @@ from layerprune.cost import batch_size_of
 from layerprune.difference import OutputPath, PendingMeasurement
 from layerprune.evidence import EVIDENCE_LAG
 from layerprune.ledger import BACKWARD
+from layerprune.recomputation import is_recomputing
 from layerprune.run import RunState
 from layerprune.wrapping import check_unwrapped
 
@@ -67,6 +68,9 @@ class Forwards:
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         run = self._run
+        if is_recomputing():
+            self._check_recomputation()
+            return
         if run.step_count == 0:
             check_unwrapped(model)  # it may have been sharded since
         if self._path is not None and self._path.waiting:
@@ -97,7 +101,16 @@ class Forwards:
         self._measured = self._candidate() if recording and self._path is None else None
         running = self._draw(recording, given)
         if recording:
+            self._run.bank.log.begin(self._run.bank.gates)
             self._account(running)
+
+    def _check_recomputation(self) -> None:
+        """Refuses to repeat a forward that nobody recorded."""
+        if self._model.training and not self._run.bank.log:
+            raise RuntimeError(
+                "the model is run again in a backward, after a forward without a graph: a "
+                "checkpoint around the whole model needs use_reentrant=False"
+            )
 
     def _begin_path(self) -> OutputPath | None:
         run, index = self._run, self._measured
@@ -163,6 +176,9 @@ class Forwards:
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
         run, path = self._run, self._path
+        if is_recomputing():
+            return None
+        run.bank.log.end()
         if path is None or not path.waiting:
             return None
         with run.ledger.timed("test"):

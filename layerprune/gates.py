@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from layerprune import ops
 from layerprune.config import PruneConfig
 from layerprune.gradients import GateGradients
 from layerprune.ranks import Ranks
+from layerprune.recomputation import DrawLog, is_recomputing
 from layerprune.transfer import to_device
 
 
@@ -43,10 +45,9 @@ class SectionDraw:
 class Gate:
     """The gate of one section.
 
-    ``training`` forwards use ``draw``: a `SectionDraw`, or True or False where the gate is open or
-    closed for every row, or ``None`` where nothing was drawn; then, and in other forwards,
-    ``is_open`` holds. A copy or a
-    pickle of a gate is open and knows nothing of the pruner: a copied model is a plain one.
+    ``training`` forwards use ``draw``: a `SectionDraw`, or False where the gate is closed for every
+    row, or ``None`` where nothing was drawn; then, and in other forwards, ``is_open`` holds. A copy
+    or a pickle of a gate is open and knows nothing of the pruner: a copied model is a plain one.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class Gate:
         "draw",
         "forward",
         "is_open",
+        "log",
         "name",
         "on_entry",
         "on_exit",
@@ -64,13 +66,14 @@ class Gate:
 
     def __init__(self, name: str = "section") -> None:
         self.name = name
-        self.draw: SectionDraw | bool | None = None
+        self.draw: SectionDraw | Literal[False] | None = None
         self.is_open = True
         self.owned = False
         self.on_entry: Callable[[], None] | None = None
         self.on_exit: Callable[[], None] | None = None
         self.recorder: Callable[[Gate, Tensor], None] | None = None
         self.replay: deque[Tensor] | None = None
+        self.log: DrawLog | None = None
         self.dispatch: Callable[..., Tensor] | None = None
         self.forward: Callable[..., Tensor] | None = None
 
@@ -84,9 +87,12 @@ class Gate:
         """The draw to apply, or True for an open and False for a closed gate.
 
         Raises:
-            RuntimeError: if the draw was made for another batch size.
+            RuntimeError: if the draw was made for another batch size, or cannot be told in a
+                recomputation.
         """
         draw = self.draw
+        if training and self.log is not None and is_recomputing():
+            draw = self.log.recall(self)
         if not training or draw is None:
             return self.is_open
         if isinstance(draw, bool):
@@ -127,6 +133,9 @@ class GateBank:
         self.followers = [Gate(name) for name in names]
         for gate in (*self.gates, *self.followers):
             gate.owned = True
+        self.log = DrawLog()
+        for gate in self.gates:
+            gate.log = self.log
         self.config = config
         self.theta = torch.full((len(names),), float(config.theta_init), device="cpu")
         self.probe_rate = torch.zeros(len(names), device="cpu")
@@ -199,8 +208,6 @@ class GateBank:
                 idle.add(index)
             if index in skip:
                 gate.draw, count = None, batch_size
-            elif is_drawn[index] and thetas[index] == 1 and graded == 0:
-                gate.draw = True
             elif index in idle and self._ranks.count == 1:
                 gate.draw, count = False, 0
             else:
@@ -245,6 +252,7 @@ class GateBank:
         """Gate gradients of the draws since the last call, or None without a draw."""
         self.idle = None
         draws, self._pending = self._pending, []
+        self.log.clear()
         return GateGradients(draws) if draws else None
 
     def advance(self) -> None:

@@ -52,5 +52,5 @@ class GatedResidual(nn.Module):
         gate = getattr(self, GATE_ATTRIBUTE)
         parts = (self.branch, self.shortcut, self.activation)
         if gate.dispatch is not None:  # a subclass with a forward of its own called this one
-            return gate.dispatch(gate, residual_forward, self.training, x, *parts)
+            return gate.dispatch(self, gate, residual_forward, x, *parts)
         return residual_forward(gate.current(self.training, x.shape[0]), x, *parts)

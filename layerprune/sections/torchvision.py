@@ -24,7 +24,7 @@ class GatedBasicBlock(BasicBlock):
         """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
         gate = getattr(self, GATE_ATTRIBUTE)
         parts = (self._branch, self.downsample, "relu")
-        return run_section(gate, residual_forward, self.training, x, *parts)
+        return run_section(self, gate, residual_forward, x, *parts)
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -39,7 +39,7 @@ class GatedBottleneck(Bottleneck):
         """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
         gate = getattr(self, GATE_ATTRIBUTE)
         parts = (self._branch, self.downsample, "relu")
-        return run_section(gate, residual_forward, self.training, x, *parts)
+        return run_section(self, gate, residual_forward, x, *parts)
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))

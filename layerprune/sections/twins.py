@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprune.gates import Gate, SectionDraw
+from layerprune.recomputation import NO_BACKWARD, current_backward
 from layerprune.sections.arithmetic import opaque_forward, residual_forward
 from layerprune.sections.residual import GATE_ATTRIBUTE
 
@@ -40,38 +41,46 @@ outside = functools.partial(
 
 @outside
 def run_section(
-    gate: Gate, forward: Callable[..., Tensor], training: bool, x: Tensor, *parts: object
+    module: nn.Module, gate: Gate, forward: Callable[..., Tensor], x: Tensor, *parts: object
 ) -> Tensor:
     """Runs a section's arithmetic, or repeats what an earlier run on the same batch gave.
 
     Args:
-        gate: the section's gate.
+        module: the section.
+        gate: its gate.
         forward: the arithmetic: of a draw, ``x`` and ``parts``.
-        training: whether the section is in training mode.
         x: the section's input.
         parts: what else the arithmetic takes.
     """
+    if current_backward() != NO_BACKWARD:
+        return _run_drawn(module, gate, forward, x, parts)
     if gate.replay:
         return gate.replay.popleft()
     if gate.on_entry is not None:
         _aside(gate.on_entry)
-    draw = _aside(gate.current, training, x.shape[0])
+    output = _run_drawn(module, gate, forward, x, parts)
+    if gate.on_exit is not None:
+        _aside(gate.on_exit)
+    if gate.recorder is not None:
+        _aside(gate.recorder, gate, output)
+    return output
+
+
+@outside
+def _run_drawn(
+    module: nn.Module, gate: Gate, forward: Callable[..., Tensor], x: Tensor, parts: tuple
+) -> Tensor:
+    draw = _aside(gate.current, module.training, x.shape[0])
     if gate.forward is None:
         gate.forward = _own_copy(forward, gate.name)
     if isinstance(draw, SectionDraw) and draw.rows.shape[0] >= _LEAST_COMPILED:
         torch._dynamo.maybe_mark_dynamic(draw.rows, 0)
         # Only operators of this package see how many probes there are.
         torch._dynamo.decorators.mark_unbacked(draw.probes, 0)
-        output = gate.forward(draw, x, *parts)
-    elif draw is True:
-        output = gate.forward(draw, x, *parts)
-    else:
-        output = _aside(forward, draw, x, *parts)
-    if gate.on_exit is not None:
-        _aside(gate.on_exit)
-    if gate.recorder is not None:
-        _aside(gate.recorder, gate, output)
-    return output
+    elif draw is not True and module._compiled_call_impl is None:
+        # Not worth a compilation, but where the section is to be compiled in any case.
+        return _aside(forward, draw, x, *parts)
+    return gate.forward(draw, x, *parts)
 
 
 def _own_copy(forward: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
@@ -86,15 +95,9 @@ class ResidualTwin:
     @outside
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, *S]`` to ``[B, *S']``."""
-        return run_section(
-            getattr(self, GATE_ATTRIBUTE),
-            residual_forward,
-            self.training,
-            x,
-            self.branch,
-            self.shortcut,
-            self.activation,
-        )
+        gate = getattr(self, GATE_ATTRIBUTE)
+        parts = (self.branch, self.shortcut, self.activation)
+        return run_section(self, gate, residual_forward, x, *parts)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # A copy has no pruner.
@@ -109,9 +112,7 @@ class OpaqueTwin:
         """Runs the module on the running rows and mixes the result with its input."""
         adapter, gate = getattr(self, GATE_ATTRIBUTE)
         whole = super().forward
-        return run_section(
-            gate, opaque_forward, self.training, x, whole, adapter.batched, args, kwargs
-        )
+        return run_section(self, gate, opaque_forward, x, whole, adapter.batched, args, kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The twin's class exists only in memory: name it by its original.
