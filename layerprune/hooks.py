@@ -10,23 +10,30 @@ from collections.abc import Callable
 import torch
 
 
+class Gone:
+    """What remains of a hook in a copy of the model."""
+
+    def __call__(self, *args: object) -> None:
+        """Does nothing."""
+
+
 class Hook:
     """A forward hook that a copy or a pickle of the model does not take along.
 
     Args:
-        call: what it calls; None for nothing.
+        call: what it calls.
     """
 
-    def __init__(self, call: Callable[..., object] | None = None) -> None:
+    def __init__(self, call: Callable[..., object]) -> None:
         self._call = call
 
     @torch.compiler.disable(reason="the pruner draws gates, and tests, outside compiled code")
     def __call__(self, *args: object) -> object:
         """What the hooked function returns."""
-        return None if self._call is None else self._call(*args)
+        return self._call(*args)
 
-    def __deepcopy__(self, memo: dict) -> Hook:
-        return Hook()
+    def __deepcopy__(self, memo: dict) -> Gone:
+        return Gone()
 
     def __reduce__(self) -> tuple:
-        return Hook, ()
+        return Gone, ()
