@@ -119,7 +119,11 @@ def run(where, reentrant, forwards, together, compiled=False):
 
 
 CASES = [
-    *[(where, way) for where in ("branch", "sections", "wrapper", "stack") for way in (False, True)],
+    *[
+        (where, way)
+        for where in ("branch", "sections", "wrapper", "stack")
+        for way in (False, True)
+    ],
     ("nested", False),
     ("model", False),
 ]

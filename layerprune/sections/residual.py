@@ -10,6 +10,7 @@ from layerprune.sections.arithmetic import Activation, residual_forward
 GATE_ATTRIBUTE = "_layerprune_gate"
 """Where a module keeps its gate: a plain attribute, so that `state_dict` never sees it."""
 
+
 class GatedResidual(nn.Module):
     """A residual section: ``act(shortcut(x) + gate * branch(x))``.
 

@@ -15,6 +15,7 @@ from types import FunctionType
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import mark_unbacked, maybe_mark_dynamic
 
 from layerprune.gates import Gate, SectionDraw
 from layerprune.recomputation import NO_BACKWARD, current_backward
@@ -52,35 +53,30 @@ def run_section(
         x: the section's input.
         parts: what else the arithmetic takes.
     """
-    if current_backward() != NO_BACKWARD:
-        return _run_drawn(module, gate, forward, x, parts)
-    if gate.replay:
-        return gate.replay.popleft()
-    if gate.on_entry is not None:
-        _aside(gate.on_entry)
-    output = _run_drawn(module, gate, forward, x, parts)
-    if gate.on_exit is not None:
-        _aside(gate.on_exit)
-    if gate.recorder is not None:
-        _aside(gate.recorder, gate, output)
-    return output
-
-
-@outside
-def _run_drawn(
-    module: nn.Module, gate: Gate, forward: Callable[..., Tensor], x: Tensor, parts: tuple
-) -> Tensor:
+    repeated = current_backward() != NO_BACKWARD  # nobody watches a recomputation
+    if not repeated:
+        if gate.replay:
+            return gate.replay.popleft()
+        if gate.on_entry is not None:
+            _aside(gate.on_entry)
     draw = _aside(gate.current, module.training, x.shape[0])
     if gate.forward is None:
         gate.forward = _own_copy(forward, gate.name)
+    run = gate.forward
     if isinstance(draw, SectionDraw) and draw.rows.shape[0] >= _LEAST_COMPILED:
-        torch._dynamo.maybe_mark_dynamic(draw.rows, 0)
+        maybe_mark_dynamic(draw.rows, 0)
         # Only operators of this package see how many probes there are.
-        torch._dynamo.decorators.mark_unbacked(draw.probes, 0)
+        mark_unbacked(draw.probes, 0)
     elif draw is not True and module._compiled_call_impl is None:
         # Not worth a compilation, but where the section is to be compiled in any case.
-        return _aside(forward, draw, x, *parts)
-    return gate.forward(draw, x, *parts)
+        run = functools.partial(_aside, forward)
+    output = run(draw, x, *parts)
+    if not repeated:
+        if gate.on_exit is not None:
+            _aside(gate.on_exit)
+        if gate.recorder is not None:
+            _aside(gate.recorder, gate, output)
+    return output
 
 
 def _own_copy(forward: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
