@@ -178,7 +178,8 @@ class Forwards:
         run, path = self._run, self._path
         if is_recomputing():
             return None
-        run.bank.log.end()
+        if not self._is_drawn:  # else what was drawn is for a forward to come
+            run.bank.log.end()
         if path is None or not path.waiting:
             return None
         with run.ledger.timed("test"):
