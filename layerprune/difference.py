@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from layerprune import ops
 from layerprune.elimination import Measurement
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.transfer import HostCopy, to_device
 
 _PATH_STREAM = 1 << 61

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from layerprune.gates import Gate, SectionDraw
+    from layerprune.gate import Gate, SectionDraw
 
 
 current_backward = torch._C._current_graph_task_id

@@ -9,7 +9,7 @@ from torch import nn
 
 from layerprune import LayerPruner
 from layerprune.compaction import verify
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.models import build
 from layerprune.sections import find_sections
 

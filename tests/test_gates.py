@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from layerprune import GatedResidual, LayerPruner, PruneConfig, ops
-from layerprune.gates import Gate, GateBank, SectionDraw
+from layerprune.gate import Gate, SectionDraw
+from layerprune.gates import GateBank
 
 ROWS = 24
 

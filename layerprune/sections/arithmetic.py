@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerprune import ops
-from layerprune.gates import SectionDraw
+from layerprune.gate import SectionDraw
 
 Activation = str | nn.Module | None
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.sections.residual import GATE_ATTRIBUTE, GatedResidual
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.sections.residual import GATE_ATTRIBUTE
 
 

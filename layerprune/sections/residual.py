@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.sections.arithmetic import Activation, residual_forward
 
 GATE_ATTRIBUTE = "_layerprune_gate"

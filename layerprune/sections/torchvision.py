@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.sections.arithmetic import residual_forward
 from layerprune.sections.base import straight_path
 from layerprune.sections.residual import GATE_ATTRIBUTE

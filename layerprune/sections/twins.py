@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.decorators import mark_unbacked, maybe_mark_dynamic
 
-from layerprune.gates import Gate, SectionDraw
+from layerprune.gate import Gate, SectionDraw
 from layerprune.recomputation import NO_BACKWARD, current_backward
 from layerprune.sections.arithmetic import opaque_forward, residual_forward
 from layerprune.sections.residual import GATE_ATTRIBUTE
