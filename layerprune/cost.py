@@ -1,4 +1,4 @@
-"""What a model costs: FLOPs per module, counted on the meta device without computing anything."""
+"""What a model costs: FLOPs per module, counted on fake tensors without computing anything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,7 +71,10 @@ def dry_run(
     batch_size: int | None = None,
     resized: Sequence[Tensor] | None = None,
 ) -> object:
-    """The model's output on the meta device, in eval mode: shapes without arithmetic.
+    """The model's output as fake tensors, in eval mode: shapes without arithmetic.
+
+    Not on the meta device: there, models that ask whether anybody exports them (transformers' do,
+    before they look into a mask) are not told so.
 
     Args:
         model: left as it is.
@@ -79,31 +84,39 @@ def dry_run(
             carry the batch.
 
     Returns:
-        Whatever the model returns, on the meta device.
+        Whatever the model returns, with fake tensors.
     """
     chosen = set(map(id, batch_tensors(inputs) if resized is None else resized))
 
-    def to_meta(leaf: object) -> object:
+    def fake(leaf: object) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
         shape = list(leaf.shape)
         if batch_size is not None and id(leaf) in chosen:
             shape[0] = batch_size
-        return torch.empty(shape, dtype=leaf.dtype, device="meta")
+        return torch.empty(shape, dtype=leaf.dtype, device="cpu")
 
     # One name for every tensor of every module: of two for the same, functional_call would put back
-    # one that is on the meta device.
-    state = {
-        f"{path}.{name}" if path else name: tensor.detach().to("meta")
+    # one that is a fake.
+    tensors = {
+        f"{path}.{name}" if path else name: tensor
         for path, module in model.named_modules()
-        for tensors in (module._parameters, module._buffers)
-        for name, tensor in tensors.items()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
         if tensor is not None
     }
-    args, kwargs = as_call(tree_map(to_meta, inputs))
-    # torch's fused attention in evaluation mode makes nested tensors, which have no meta form.
-    eagerly = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), evaluating(model), plain_attention(), eagerly:
+    # torch's fused attention in evaluation mode makes nested tensors, which have no fake form; and
+    # of attention's kernels, the flop counter knows only what the plain one is made of.
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        plain_attention(),
+        torch.compiler.set_stance("force_eager"),
+        sdpa_kernel(SDPBackend.MATH),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        state = {name: torch.empty_like(t, device="cpu") for name, t in tensors.items()}
+        args, kwargs = as_call(tree_map(fake, inputs))
         return functional_call(model, state, args, kwargs, tie_weights=False)
 
 

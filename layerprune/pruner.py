@@ -321,8 +321,8 @@ class LayerPruner:
         Call it on all ranks, where ``report.changed``.
 
         Args:
-            ddp: the wrapper around this pruner's model, or what torch.compile made of it; changed
-                in place.
+            ddp: the wrapper around this pruner's model, or around a module that holds it, or what
+                torch.compile made of it; changed in place.
 
         Returns:
             ``ddp``.
@@ -334,7 +334,7 @@ class LayerPruner:
         wrapper = getattr(ddp, "_orig_mod", ddp)
         if not isinstance(wrapper, DistributedDataParallel):
             raise TypeError(f"ddp must be a DistributedDataParallel, got {type(wrapper).__name__}")
-        if wrapper.module is not self.model:
+        if all(module is not self.model for module in wrapper.module.modules()):
             raise ValueError("ddp holds another model than this pruner's: pass the one around it")
         renew(wrapper)
         return ddp

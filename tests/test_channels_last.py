@@ -30,7 +30,7 @@ def watch(model, sections, notes):
 
     def note(name, tensor):
         # One row, or one pixel, has both layouts; a dry run has none.
-        if not tensor.is_meta and tensor.shape[0] > 1 and min(tensor.shape[2:]) > 1:
+        if type(tensor) is torch.Tensor and tensor.shape[0] > 1 and min(tensor.shape[2:]) > 1:
             notes.append((name, tensor.is_contiguous(memory_format=torch.channels_last)))
 
     def hook(name):

@@ -70,7 +70,7 @@ def find_sections(model: nn.Module, example_inputs: Inputs, ignored: Ignored = (
 
     An opaque block is an element of a `Sequential` or `ModuleList`, made of several modules, with
     weights, whose output has its input's shape. Which of its arguments carry the batch is found by
-    two forwards on the meta device, with B and B + 1 rows.
+    two forwards of fake tensors, with B and B + 1 rows.
 
     Args:
         model: any module; left as it is.

@@ -1,0 +1,90 @@
+"""The pruner's state in the checkpoints of transformers' Trainer, and their weights."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+PRUNER_FILE = "layerprune_pruner.pt"
+"""The pruner's state in each of the Trainer's checkpoints."""
+
+
+def save(folder: Path, state: Mapping[str, Any]) -> None:
+    """Puts a pruner's state into a checkpoint: all of it, or nothing."""
+    temporary = folder / f".{PRUNER_FILE}.tmp"
+    with temporary.open("wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / PRUNER_FILE)
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Loads a checkpoint's weights into a model of its structure.
+
+    Some models are saved under names that they had in earlier versions. The Trainer does not
+    translate these, and would go on with weights that it has not loaded.
+
+    Raises:
+        ValueError: if the checkpoint does not have them all.
+    """
+    loaded, report = type(model).from_pretrained(folder, output_loading_info=True)
+    own = model.state_dict()
+    lost = sorted(set(report["missing_keys"]) & own.keys())
+    if lost:
+        raise ValueError(f"{folder} lacks weights of the model, such as {lost[0]}")
+    model.load_state_dict({n: t for n, t in loaded.state_dict().items() if n in own})
+
+
+def newest(output_dir: str) -> Path | None:
+    """The newest checkpoint that has the pruner's state, or None where there is no checkpoint.
+
+    Raises:
+        ValueError: if there are checkpoints, but none has it.
+    """
+    numbered = {
+        int(folder.name.rpartition("-")[2]): folder
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if folder.name.rpartition("-")[2].isdecimal()
+    }
+    folders = [numbered[step] for step in sorted(numbered)]
+    complete = [folder for folder in folders if (folder / PRUNER_FILE).is_file()]
+    if folders and not complete:
+        raise ValueError(
+            f"no checkpoint in {output_dir} has {PRUNER_FILE}: they were made without "
+            "LayerPruningCallback. Take another output_dir"
+        )
+    return complete[-1] if complete else None
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The pruner's state from a checkpoint that a run can go on from.
+
+    Raises:
+        ValueError: if it is missing or damaged, or the optimizer's state is missing.
+    """
+    path = folder / PRUNER_FILE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"missing file {path}: the checkpoint is incomplete, or was made without "
+            "LayerPruningCallback"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged or cut short: {what}") from error
+    if not (folder / OPTIMIZER_NAME).is_file():
+        raise ValueError(
+            f"missing file {folder / OPTIMIZER_NAME}: no run can go on from a checkpoint that was "
+            "saved with save_only_model"
+        )
+    return state
