@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from layerprune import GatedResidual, find_sections
-from layerprune.gates import Gate, SectionDraw
+from layerprune.gate import Gate, SectionDraw
 
 ROWS = 7
 
