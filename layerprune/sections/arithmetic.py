@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,7 +43,7 @@ def residual_forward(
     straight = rest if shortcut is None else shortcut(rest)
     fused = activation if isinstance(activation, str) else None
     y = ops.gated_residual(
-        straight, branch(rows), draw.gate, slot, fused, gate_grad_rows=draw.probes
+        straight, branch(rows), _graded(draw), slot, fused, gate_grad_rows=draw.probes
     )
     return y if fused == activation else activate(y, activation)
 
@@ -60,11 +61,21 @@ def opaque_forward(
         return whole(x, *args, **kwargs) if draw else x
     if draw.runs_whole():
         y = whole(x, *args, **kwargs)
-        return ops.gated_residual(x, y, draw.gate, form="lerp", gate_grad_rows=draw.probes)
+        return ops.gated_residual(x, y, _graded(draw), form="lerp", gate_grad_rows=draw.probes)
     args = [a[draw.rows] if i in batched else a for i, a in enumerate(args, start=1)]
     kwargs = {k: v[draw.rows] if k in batched else v for k, v in kwargs.items()}
     rows, rest = ops.take_rows(x, draw.rows, exclusive=True)
     y = whole(rows, *args, **kwargs)
     return ops.gated_residual(
-        rest, y, draw.gate, draw.slot, form="lerp", gate_grad_rows=draw.probes
+        rest, y, _graded(draw), draw.slot, form="lerp", gate_grad_rows=draw.probes
     )
+
+
+def _graded(draw: SectionDraw) -> Tensor:
+    """The gates, without a gradient where no row's is wanted.
+
+    A compiler is not told: it would compile that case apart.
+    """
+    if torch.compiler.is_compiling() or draw.probes.shape[0]:
+        return draw.gate
+    return draw.gate.detach()
