@@ -111,6 +111,7 @@ def dry_run(
         torch.no_grad(),
         evaluating(model),
         plain_attention(),
+        torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):

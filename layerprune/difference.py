@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from layerprune import ops
 from layerprune.elimination import Measurement
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.transfer import HostCopy, to_device
 
 _PATH_STREAM = 1 << 61
@@ -44,7 +44,8 @@ def side_forward(model: nn.Module) -> Iterator[None]:
     """Lets a forward leave no trace: no graph, buffers and random state as before."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     random = RandomState(model)
-    with torch.no_grad():
+    # A compiler would compile anew for it, and draw other masks than it did with a graph.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
             yield
         finally:

@@ -12,24 +12,9 @@ from layerprune.cost import batch_size_of
 from layerprune.difference import OutputPath, PendingMeasurement
 from layerprune.evidence import EVIDENCE_LAG
 from layerprune.ledger import BACKWARD
+from layerprune.recomputation import is_recomputing
 from layerprune.run import RunState
 from layerprune.wrapping import check_unwrapped
-
-
-class _Hook:
-    """A forward hook that a copy or a pickle of the model does not take along."""
-
-    def __init__(self, call: Callable[..., object] | None = None) -> None:
-        self._call = call
-
-    def __call__(self, *args: object) -> object:
-        return None if self._call is None else self._call(*args)
-
-    def __deepcopy__(self, memo: dict) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self) -> tuple:
-        return _Hook, ()
 
 
 class Forwards:
@@ -61,9 +46,11 @@ class Forwards:
         self._is_drawn = False
         self._measured: int | None = None
         self._spent = [0.0] * len(branch_flops)
+        from layerprune.hooks import Hook
+
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
-            model.register_forward_hook(_Hook(self._after), with_kwargs=True),
+            model.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
+            model.register_forward_hook(Hook(self._after), with_kwargs=True),
         ]
 
     def close(self) -> None:
@@ -81,6 +68,9 @@ class Forwards:
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         run = self._run
+        if is_recomputing():
+            self._check_recomputation()
+            return
         if run.step_count == 0:
             check_unwrapped(model)  # it may have been sharded since
         if self._path is not None and self._path.waiting:
@@ -111,7 +101,16 @@ class Forwards:
         self._measured = self._candidate() if recording and self._path is None else None
         running = self._draw(recording, given)
         if recording:
+            self._run.bank.log.begin(self._run.bank.gates)
             self._account(running)
+
+    def _check_recomputation(self) -> None:
+        """Refuses to repeat a forward that nobody recorded."""
+        if self._model.training and not self._run.bank.log:
+            raise RuntimeError(
+                "the model is run again in a backward, after a forward without a graph: a "
+                "checkpoint around the whole model needs use_reentrant=False"
+            )
 
     def _begin_path(self) -> OutputPath | None:
         run, index = self._run, self._measured
@@ -177,6 +176,10 @@ class Forwards:
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
         run, path = self._run, self._path
+        if is_recomputing():
+            return None
+        if not self._is_drawn:  # else what was drawn is for a forward to come
+            run.bank.log.end()
         if path is None or not path.waiting:
             return None
         with run.ledger.timed("test"):

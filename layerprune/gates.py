@@ -1,103 +1,17 @@
-"""Gates: what a section sees in one forward, and the bank that draws them all at once."""
+"""The bank that draws the gates of all sections at once."""
 
 from __future__ import annotations
-
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from layerprune import ops
 from layerprune.config import PruneConfig
+from layerprune.gate import Gate, SectionDraw
 from layerprune.gradients import GateGradients
 from layerprune.ranks import Ranks
+from layerprune.recomputation import DrawLog
 from layerprune.transfer import to_device
-
-
-@dataclass(frozen=True)
-class SectionDraw:
-    """One section's gates for one batch.
-
-    Attributes:
-        gate: float32 ``[B]``; a leaf that requires grad when the section is probed.
-        slot: int32 ``[B]``, a row's place in the branch's input, or -1.
-        rows: int64 ``[K]``, the rows on which the branch runs, ascending.
-        probes: int64 ``[P]``, the rows whose gate gradient is wanted, ascending.
-    """
-
-    gate: Tensor
-    slot: Tensor
-    rows: Tensor
-    probes: Tensor
-
-    def runs_whole(self) -> bool:
-        """Whether all rows run, so that gathering them can be left out.
-
-        A compiler is not told: it would compile that case, which comes up now and then, apart.
-        """
-        return not torch.compiler.is_compiling() and self.rows.shape[0] == self.gate.shape[0]
-
-
-class Gate:
-    """The gate of one section.
-
-    ``training`` forwards use ``draw``: a `SectionDraw`, or True or False where the gate is open or
-    closed for every row, or ``None`` where nothing was drawn; then, and in other forwards,
-    ``is_open`` holds. A copy or a
-    pickle of a gate is open and knows nothing of the pruner: a copied model is a plain one.
-    """
-
-    __slots__ = ("draw", "is_open", "name", "on_entry", "on_exit", "owned", "recorder", "replay")
-
-    def __init__(self, name: str = "section") -> None:
-        self.name = name
-        self.draw: SectionDraw | bool | None = None
-        self.is_open = True
-        self.owned = False
-        self.on_entry: Callable[[], None] | None = None
-        self.on_exit: Callable[[], None] | None = None
-        self.recorder: Callable[[Gate, Tensor], None] | None = None
-        self.replay: deque[Tensor] | None = None
-
-    def __deepcopy__(self, memo: dict) -> Gate:
-        return Gate(self.name)
-
-    def __reduce__(self) -> tuple:
-        return Gate, (self.name,)
-
-    def run(self, forward: Callable[[], Tensor]) -> Tensor:
-        """Runs the section's forward, or repeats what an earlier one on the same batch gave."""
-        if self.replay:
-            return self.replay.popleft()
-        if self.on_entry is not None:
-            self.on_entry()
-        output = forward()
-        if self.on_exit is not None:
-            self.on_exit()
-        if self.recorder is not None:
-            self.recorder(self, output)
-        return output
-
-    def current(self, training: bool, batch_size: int) -> SectionDraw | bool:
-        """The draw to apply, or True for an open and False for a closed gate.
-
-        Raises:
-            RuntimeError: if the draw was made for another batch size.
-        """
-        draw = self.draw
-        if not training or draw is None:
-            return self.is_open
-        if isinstance(draw, bool):
-            return draw
-        if draw.gate.shape[0] != batch_size:
-            raise RuntimeError(
-                f"section {self.name!r} got {batch_size} rows but the gates were drawn for "
-                f"{draw.gate.shape[0]}: its input's first dimension is not the model's batch "
-                "dimension, or it was called outside the model's forward. Pass it in `ignored`."
-            )
-        return draw
 
 
 class GateBank:
@@ -127,6 +41,9 @@ class GateBank:
         self.followers = [Gate(name) for name in names]
         for gate in (*self.gates, *self.followers):
             gate.owned = True
+        self.log = DrawLog()
+        for gate in self.gates:
+            gate.log = self.log
         self.config = config
         self.theta = torch.full((len(names),), float(config.theta_init), device="cpu")
         self.probe_rate = torch.zeros(len(names), device="cpu")
@@ -199,14 +116,15 @@ class GateBank:
                 idle.add(index)
             if index in skip:
                 gate.draw, count = None, batch_size
-            elif is_drawn[index] and thetas[index] == 1 and graded == 0:
-                gate.draw = True
             elif index in idle and self._ranks.count == 1:
                 gate.draw, count = False, 0
             else:
                 leaf = gates[index]
-                if record and graded and not (forced and index in forced):
-                    leaves[index] = leaf.requires_grad_()
+                if record:
+                    # Also where nothing is probed: a compiler would compile that apart.
+                    leaf.requires_grad_()
+                    if graded and not (forced and index in forced):
+                        leaves[index] = leaf
                 gate.draw = SectionDraw(
                     leaf, slots[index], rows[index][:count], graded_rows[index][:graded]
                 )
@@ -242,6 +160,7 @@ class GateBank:
         """Gate gradients of the draws since the last call, or None without a draw."""
         self.idle = None
         draws, self._pending = self._pending, []
+        self.log.clear()
         return GateGradients(draws) if draws else None
 
     def advance(self) -> None:

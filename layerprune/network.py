@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from layerprune.compaction import remove_sections
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.renumber import renumber
 from layerprune.sections import Section
 

@@ -25,6 +25,12 @@ def check_unwrapped(model: nn.Module) -> None:
             "DataParallel splits a batch after its gates are drawn: use DistributedDataParallel, "
             "with the pruner on the model inside"
         )
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise TypeError(
+            "model is, or holds, a module that torch.compile returned, inside of which no section "
+            "can be replaced: make the pruner on the plain model, which may be compiled in place "
+            "(model.compile()), or be wrapped by torch.compile afterwards"
+        )
     if _is_sharded(model):
         raise TypeError(
             "FSDP is not supported: a section's parameters cannot leave a sharded model. Use "

@@ -9,7 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from layerprune import GatedResidual, LayerPruner, eliminate_sections, find_sections, verify
 from layerprune.compaction import remove_sections
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.models import build
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from layerprune import GatedResidual, LayerPruner, PruneConfig
 from layerprune.difference import OutputPath, forced, measured_difference, side_forward
-from layerprune.gates import SectionDraw
+from layerprune.gate import SectionDraw
 from layerprune.models import resnet
 
 ROWS = 24

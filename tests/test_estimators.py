@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from layerprune import LayerPruner, PruneConfig
 from layerprune.difference import measured_difference
-from layerprune.gates import SectionDraw
+from layerprune.gate import SectionDraw
 from layerprune.models import resnet
 
 BATCH = 32

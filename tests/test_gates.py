@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from layerprune import GatedResidual, LayerPruner, PruneConfig, ops
-from layerprune.gates import Gate, GateBank, SectionDraw
+from layerprune.gate import Gate, SectionDraw
+from layerprune.gates import GateBank
 
 ROWS = 24
 
@@ -120,14 +121,14 @@ def _bank(theta, rate=0.0, ranks=None, **config):
 
 
 def test_what_needs_no_drawing_is_not_drawn():
-    """Open at theta 1, left out at theta 0; in between, however near, a branch has rows."""
+    """Left out at theta 0; in between, however near, a branch has rows; at theta 1 it has all."""
     bank = _bank([0.0, 1e-6, 0.5, 1 - 1e-6, 1.0], min_rows=4)
     running = bank.draw(ROWS)
     draws = [gate.draw for gate in bank.gates]
-    assert draws[0] is False and draws[4] is True
-    assert all(isinstance(draw, SectionDraw) for draw in draws[1:4])
-    assert running == [0, *[draw.rows.numel() for draw in draws[1:4]], ROWS]
-    assert running[1] == 4
+    assert draws[0] is False
+    assert all(isinstance(draw, SectionDraw) for draw in draws[1:])
+    assert running == [0, *[draw.rows.numel() for draw in draws[1:]]]
+    assert running[1] == 4 and running[4] == ROWS
 
 
 def test_probes_keep_a_section_drawn():
@@ -206,7 +207,8 @@ def test_given_gates_are_used_but_in_a_forced_section():
         count = int(given.counts[index, 0])
         assert draw.gate.equal(given.gates[index]) and draw.slot.equal(given.slots[index])
         assert draw.rows.equal(given.rows[index, :count]) and not len(draw.probes)
-    assert bank.gates[1].draw is True
+    draw = bank.gates[1].draw
+    assert draw.gate.equal(torch.ones(ROWS)) and draw.rows.equal(torch.arange(ROWS))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -215,7 +217,10 @@ def test_forced_and_skipped_sections(value):
     bank = _bank([0.5, 0.5, 0.5], rate=0.25)
     running = bank.draw(ROWS, skip=frozenset([2]), forced={1: value})
     assert isinstance(bank.gates[0].draw, SectionDraw)
-    assert bank.gates[1].draw is bool(value) and bank.gates[2].draw is None
+    draw = bank.gates[1].draw
+    assert draw is False if value == 0 else draw.gate.equal(torch.ones(ROWS))
+    assert draw is False or (draw.rows.numel() == ROWS and draw.probes.numel() == 0)
+    assert bank.gates[2].draw is None
     assert running[1:] == [ROWS * int(value), ROWS]
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.sections.residual import GATE_ATTRIBUTE, GatedResidual
 
 
@@ -76,17 +76,26 @@ class Section:
 
 
 class ResidualAdapter:
-    """`GatedResidual`: the module gates itself."""
+    """`GatedResidual`: the module gates itself, by a twin once it has a pruner."""
 
     kind = "residual"
     several_arguments = False
 
     def attach(self, module: GatedResidual, gate: Gate) -> None:
         """See `Adapter`."""
+        from layerprune.sections.twins import ResidualTwin, run_section, twin_of
+
+        gate.dispatch = run_section
+        if type(module).forward is GatedResidual.forward:
+            module.__class__ = twin_of(ResidualTwin, type(module))
         setattr(module, GATE_ATTRIBUTE, gate)
 
     def detach(self, module: GatedResidual) -> None:
         """See `Adapter`."""
+        from layerprune.sections.twins import ResidualTwin
+
+        if isinstance(module, ResidualTwin):
+            module.__class__ = type(module).__mro__[2]
         setattr(module, GATE_ATTRIBUTE, Gate())
 
     def is_gated(self, module: GatedResidual) -> bool:

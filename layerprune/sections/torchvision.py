@@ -9,18 +9,22 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from layerprune.gates import Gate
+from layerprune.gate import Gate
+from layerprune.sections.arithmetic import residual_forward
 from layerprune.sections.base import straight_path
-from layerprune.sections.residual import GATE_ATTRIBUTE, gated_forward
+from layerprune.sections.residual import GATE_ATTRIBUTE
+from layerprune.sections.twins import outside, run_section
 
 
 class GatedBasicBlock(BasicBlock):
     """torchvision's ``BasicBlock`` with a gate on its branch."""
 
+    @outside
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
         gate = getattr(self, GATE_ATTRIBUTE)
-        return gated_forward(gate, self.training, x, self._branch, self.downsample, "relu")
+        parts = (self._branch, self.downsample, "relu")
+        return run_section(self, gate, residual_forward, x, *parts)
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -30,10 +34,12 @@ class GatedBasicBlock(BasicBlock):
 class GatedBottleneck(Bottleneck):
     """torchvision's ``Bottleneck`` with a gate on its branch."""
 
+    @outside
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
         gate = getattr(self, GATE_ATTRIBUTE)
-        return gated_forward(gate, self.training, x, self._branch, self.downsample, "relu")
+        parts = (self._branch, self.downsample, "relu")
+        return run_section(self, gate, residual_forward, x, *parts)
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprune.compaction import remove_sections
-from layerprune.gates import Gate
+from layerprune.gate import Gate
 from layerprune.sections import Section
 from layerprune.training.builders import Builder, build_on_meta
 from layerprune.training.checkpoint_files import (

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from layerprune import GatedResidual, LayerPruner, PruneConfig, ops
-from layerprune.gates import SectionDraw
+from layerprune.gate import SectionDraw
 from layerprune.sections.residual import GATE_ATTRIBUTE
 
 BATCH, SECTIONS, EVIDENCE = 64, 6, 40

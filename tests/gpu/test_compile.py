@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from layerprune import GatedResidual, ops
-from layerprune.gates import SectionDraw
+from layerprune.gate import SectionDraw
 from layerprune.sections.residual import GATE_ATTRIBUTE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from layerprune import GatedResidual, LayerPruner
-from layerprune.gates import SectionDraw
+from layerprune.gate import SectionDraw
 from layerprune.sections.residual import GATE_ATTRIBUTE
 
 pytestmark = pytest.mark.gpu

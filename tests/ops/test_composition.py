@@ -11,7 +11,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils.checkpoint import checkpoint
 
 from layerprune import GatedResidual, ops
-from layerprune.gates import SectionDraw
+from layerprune.gate import SectionDraw
 from layerprune.ops.functional import MASKED_DEVICES
 from layerprune.sections.residual import GATE_ATTRIBUTE
 

@@ -1,0 +1,81 @@
+"""What a section computes under a draw: the one place where the gated forwards are written.
+
+Without state of their own, so that a compiler sees all that they depend on in their arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerprune import ops
+from layerprune.gate import SectionDraw
+
+Activation = str | nn.Module | None
+
+
+def activate(y: Tensor, activation: Activation) -> Tensor:
+    """Applies a section's activation: ``None``, ``"relu"`` or a module."""
+    if activation is None:
+        return y
+    return F.relu(y) if activation == "relu" else activation(y)
+
+
+def residual_forward(
+    draw: SectionDraw | bool,
+    x: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    shortcut: Callable[[Tensor], Tensor] | None,
+    activation: Activation,
+) -> Tensor:
+    """Computes y = act(shortcut(x) + gate * branch(x)), the branch on the running rows only."""
+    if isinstance(draw, bool):
+        straight = x if shortcut is None else shortcut(x)
+        return activate(straight + branch(x) if draw else straight, activation)
+    if draw.runs_whole():
+        rows, rest, slot = x, x, None
+    else:
+        rows, rest = ops.take_rows(x, draw.rows, exclusive=shortcut is None)
+        slot = draw.slot
+    straight = rest if shortcut is None else shortcut(rest)
+    fused = activation if isinstance(activation, str) else None
+    y = ops.gated_residual(
+        straight, branch(rows), _graded(draw), slot, fused, gate_grad_rows=draw.probes
+    )
+    return y if fused == activation else activate(y, activation)
+
+
+def opaque_forward(
+    draw: SectionDraw | bool,
+    x: Tensor,
+    whole: Callable[..., Tensor],
+    batched: frozenset[int | str],
+    args: tuple,
+    kwargs: dict,
+) -> Tensor:
+    """Computes y = x + gate * (whole(x) - x), the module on the running rows only."""
+    if isinstance(draw, bool):
+        return whole(x, *args, **kwargs) if draw else x
+    if draw.runs_whole():
+        y = whole(x, *args, **kwargs)
+        return ops.gated_residual(x, y, _graded(draw), form="lerp", gate_grad_rows=draw.probes)
+    args = [a[draw.rows] if i in batched else a for i, a in enumerate(args, start=1)]
+    kwargs = {k: v[draw.rows] if k in batched else v for k, v in kwargs.items()}
+    rows, rest = ops.take_rows(x, draw.rows, exclusive=True)
+    y = whole(rows, *args, **kwargs)
+    return ops.gated_residual(
+        rest, y, _graded(draw), draw.slot, form="lerp", gate_grad_rows=draw.probes
+    )
+
+
+def _graded(draw: SectionDraw) -> Tensor:
+    """The gates, without a gradient where no row's is wanted.
+
+    A compiler is not told: it would compile that case apart.
+    """
+    if torch.compiler.is_compiling() or draw.probes.shape[0]:
+        return draw.gate
+    return draw.gate.detach()
