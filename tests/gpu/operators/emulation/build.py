@@ -93,7 +93,7 @@ def load() -> ctypes.CDLL:
     folder = ROOT / "build" / ("emulated-sanitized" if "-fsanitize" in str(flags) else "emulated")
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    with open(folder / "lock", "w") as lock:  # of tests in several processes one builds
+    with open(f"{folder}.lock", "w") as lock:  # of tests in several processes one builds
         fcntl.flock(lock, fcntl.LOCK_EX)
         cpp_extension.load(
             "layerprune_emulated",
