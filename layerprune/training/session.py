@@ -176,7 +176,7 @@ class Session:
             if saved != here:
                 raise CheckpointError(
                     f"{folder} is of a run of {saved} ranks and cannot go on with {here}: start "
-                    f"as many as it began with (torchrun --nproc-per-node)"
+                    "as many as it began with (torchrun --nproc-per-node)"
                 )
             if self.pruner is not None:
                 # First the structure: it decides which weights and which parameters there are.
@@ -200,7 +200,7 @@ class Session:
                 torch.cuda.set_rng_state(mine["cuda"], self.device)
         except CheckpointError:
             raise
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / checkpoint.TRAINING} is damaged or of another run: {error}"
             ) from error
