@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -68,13 +69,22 @@ class StopRequest:
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Processes started meanwhile never hear of Ctrl-C or SIGTERM.
-
-    They reach the whole group of processes. Who fetches data has to go on until the step's end;
-    then the process that trains ends it.
-    """
+    """Processes started meanwhile do not hear of Ctrl-C or SIGTERM, until they `leave_group`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_group(worker: int) -> None:
+    """Takes a loader's process out of the group that Ctrl-C and a job's SIGTERM reach.
+
+    It has to fetch data until the step's end. Then the process that trains ends it, by a SIGTERM.
+
+    Args:
+        worker: its number, which a loader says.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)

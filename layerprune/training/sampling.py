@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from layerprune.training.data import DataSplits
 from layerprune.training.images import FileImages, PixelImages, Stream, derived_seed
-from layerprune.training.interrupt import deaf_children
+from layerprune.training.interrupt import deaf_children, leave_group
 
 __all__ = ["test_loader", "train_loader"]
 
@@ -85,6 +85,7 @@ def _loader(epoch: _Epoch, batches: _Batches, workers: int, pin_memory: bool) ->
         batch_size=None,  # the sampler's items are batches already
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=leave_group,
         # The loader draws a seed for its workers, which nothing here uses. Not from the default
         # generator: that belongs to the model, and a resumed run makes one loader more.
         generator=torch.Generator(),

@@ -71,6 +71,22 @@ def test_killed_after_any_epoch(small, whole, tmp_path, opt):
         assert_same_runs(run, copy)
 
 
+def test_killed_while_the_last_checkpoint_was_replaced(small, whole, tmp_path):
+    """Between the two renames it has only its other name, and what was written lies beside it."""
+    run = whole(small)
+    copy = shutil.copytree(run, tmp_path / "run")
+    last = copy / "checkpoint-40"
+    for name in ("checkpoint-50", "checkpoint-60", "model"):
+        shutil.rmtree(copy / name)
+    (copy / "best").unlink()
+    (copy / "last").write_text(f"{last.name}\n")
+    shutil.copytree(last, copy / f".{last.name}.tmp")
+    last.rename(copy / f".{last.name}.old")
+    resumed(small, copy)
+    assert_same_runs(run, copy)
+    assert not [path.name for path in copy.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("where", ["before", "at", "after", "learning's end", "cool-down"])
 def test_stopped_in_the_middle_of_an_epoch(small, whole, tmp_path, monkeypatch, where):
     run = whole(small)
