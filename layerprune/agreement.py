@@ -13,7 +13,8 @@ from layerprune.evidence import StepEvidence
 from layerprune.ranks import Ranks
 from layerprune.run import RunState
 
-_FIELDS = ("digest", "batch", "drawn", "skipped", "measured", "rows", "mean", "second", "third")
+_FIELDS = ("digest", "batch", "drawn", "scaled", "skipped", "measured")
+_FIELDS += ("rows", "mean", "second", "third")
 """What a rank says beside each section's sum of slopes and number of rows."""
 
 _DIGEST_BYTES = 6
@@ -66,19 +67,18 @@ class Agreement:
         told = self._ranks.gather(self._message(evidence))
         said = dict(zip(_FIELDS, told.unbind(1), strict=False))
         self._check(said["digest"], evidence.step)
+        heard = said["measured"].bool()
+        self._check(said["measured"][heard], evidence.step)
         self._run.bank.widest = int(said["batch"].max())
         slope = counted = measurement = None
         if said["drawn"].any():
             slope, counted = _mean_slopes(*told[:, len(_FIELDS) :].sum(0).chunk(2))
-        heard = said["measured"].bool()
         if heard.any():
             fields = ("rows", "mean", "second", "third")
             measurement = _together([said[field][heard].tolist() for field in fields])
         section = self._measured_on(said["measured"][heard])
-        skipped = bool(said["skipped"].any())
-        return StepEvidence(
-            evidence.step, slope, counted, section, measurement, evidence.scaled, skipped
-        )
+        scaled, skipped = (bool(said[field].any()) for field in ("scaled", "skipped"))
+        return StepEvidence(evidence.step, slope, counted, section, measurement, scaled, skipped)
 
     def _message(self, evidence: StepEvidence) -> Tensor:
         run, found = self._run, evidence.measurement
@@ -91,6 +91,7 @@ class Agreement:
             int(digest(run), 16),
             run.bank.widest,
             evidence.slope is not None,
+            evidence.scaled,
             evidence.skipped,
             0 if found is None else evidence.section + 1,
             *moments,
@@ -98,7 +99,7 @@ class Agreement:
         return torch.cat((torch.tensor(head, dtype=torch.float64, device="cpu"), sums.flatten()))
 
     def _check(self, digests: Tensor, step: int) -> None:
-        different = (digests != digests[0]).nonzero().flatten().tolist()
+        different = (digests != digests[:1]).nonzero().flatten().tolist()
         if different:
             raise RuntimeError(
                 f"rank {different[0]}'s pruner is not that of rank 0 in step {step}: make the "

@@ -9,13 +9,13 @@ import torch
 import typer
 
 from layerprune import backends, models
+from layerprune.ranks import FirstRankFailed
 from layerprune.train_command import DataDir, Device, train_command
 from layerprune.training import data, demo, recipe
 from layerprune.training.assembly import pick_device
 from layerprune.training.checkpoint import absent, load_model, save
 from layerprune.training.evaluation import evaluate
 from layerprune.training.export import ExportError, check_absent, export
-from layerprune.training.group import FirstRankFailed
 from layerprune.training.inspection import checked, data_of, imported, random_batches
 from layerprune.training.interrupt import Interrupted
 from layerprune.training.loop import TrainingDiverged

@@ -43,6 +43,7 @@ class Forwards:
         self._branch_flops = branch_flops
         self._path: OutputPath | None = None
         self._batch_size = 0
+        self._checked = False
         self._is_drawn = False
         self._measured: int | None = None
         self._spent = [0.0] * len(branch_flops)
@@ -71,8 +72,9 @@ class Forwards:
         if is_recomputing():
             self._check_recomputation()
             return
-        if run.step_count == 0:
+        if not self._checked:
             check_unwrapped(model)  # it may have been sharded since
+            self._checked = True
         if self._path is not None and self._path.waiting:
             # The forward that it was begun for raised: what it noted is of another batch.
             self._path.abandon()
@@ -101,12 +103,13 @@ class Forwards:
         self._measured = self._candidate() if recording and self._path is None else None
         running = self._draw(recording, given)
         if recording:
-            self._run.bank.log.begin(self._run.bank.gates)
+            if self._run.where("open"):
+                self._run.bank.log.begin(self._run.bank.gates)
             self._account(running)
 
     def _check_recomputation(self) -> None:
         """Refuses to repeat a forward that nobody recorded."""
-        if self._model.training and not self._run.bank.log:
+        if self._model.training and self._run.where("open") and not self._run.bank.log:
             raise RuntimeError(
                 "the model is run again in a backward, after a forward without a graph: a "
                 "checkpoint around the whole model needs use_reentrant=False"

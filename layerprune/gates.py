@@ -29,7 +29,8 @@ class GateBank:
     Attributes:
         followers: gates for an average of the model. Nothing is drawn for them: in training mode
             too they are open where the model's are in evaluation.
-        widest: rows of the largest batch of any rank so far. No two ranks' rows have one number.
+        widest: rows of the largest batch of any rank so far. Rows of
+            different ranks have different numbers from the step on in which all know it.
         idle: sections that no row has needed in a recorded draw since the last `collect`; None
             without such a draw.
     """

@@ -20,7 +20,6 @@ def drop_idle_gradients(run: RunState) -> RemovableHandle:
     Args:
         run: it is not kept alive.
     """
-    known = weakref.ref(run)
 
     def drop(*_: object) -> None:
         run = known()
@@ -28,4 +27,6 @@ def drop_idle_gradients(run: RunState) -> RemovableHandle:
             for parameter in run.sections[index].branch_parameters():
                 parameter.grad = None
 
-    return register_optimizer_step_pre_hook(drop)
+    handle = register_optimizer_step_pre_hook(drop)
+    known = weakref.ref(run, lambda _: handle.remove())
+    return handle

@@ -23,6 +23,10 @@ class Network:
         sections: its sections.
         ema: an average of the model, or None.
 
+    Attributes:
+        model: the model.
+        sections: its sections; of a removed one the module is what stands in its place.
+
     Raises:
         TypeError: if ``ema`` is no average.
         ValueError: if it is one of another model.
@@ -32,7 +36,8 @@ class Network:
         self, model: nn.Module, sections: Sequence[Section], ema: AveragedModel | None
     ) -> None:
         self.model = model
-        self._parts = [(model, list(sections))]
+        self.sections = list(sections)
+        self._parts = [(model, self.sections)]
         if ema is not None:
             self._parts.append(_averaged(ema, model, sections))
 
@@ -55,6 +60,9 @@ class Network:
         for model, sections in self._parts:
             held = optimizers if model is self.model else ()
             remove_sections(model, [sections[index] for index in chosen], held)
+            for index in chosen:  # what left is to be freed
+                left = model.get_submodule(sections[index].name)
+                sections[index] = replace(sections[index], module=left)
 
     def renumber(self, indices: Iterable[int]) -> None:
         """Closes the gaps that removed sections left; see `renumber.renumber`."""

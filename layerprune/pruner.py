@@ -116,19 +116,20 @@ class LayerPruner:
         costs = relative_costs(cost, names, self._parameters, self._branch_flops)
         self._cost = costs / costs.mean()
         penalty = penalties(strength, costs)
-        self._ranks = Ranks()
+        self.ranks = Ranks()
+        self.ranks.check_alike(names)
         self._run = RunState(
-            sections=list(found),
+            sections=self._network.sections,
             config=config,
             schedule=schedule,
             penalty=penalty,
-            bank=GateBank(names, config, seed, self._ranks),
+            bank=GateBank(names, config, seed, self.ranks),
             judge=Judge(penalty, config, recheck=schedule.horizon),
             status=["open"] * len(found),
         )
-        self._agreement = Agreement(self._run, self._ranks)
+        self._agreement = Agreement(self._run, self.ranks)
         self._optimizers: tuple[torch.optim.Optimizer, ...] | None = None
-        self._step_hook = drop_idle_gradients(self._run) if self._ranks.count > 1 else None
+        self._step_hook = drop_idle_gradients(self._run) if self.ranks.count > 1 else None
         self.renumbered = False
         self._learner = ThetaLearner(self._run)
         self._network.attach(self._run.bank.gates, self._run.bank.followers)
@@ -259,7 +260,7 @@ class LayerPruner:
                         "with a scaler, call the pruner's step after scaler.step(optimizer) and "
                         "before scaler.update()"
                     )
-            self._ranks.check()
+            self.ranks.check()
             if optimizers != self._optimizers:
                 if not optimizers:
                     raise TypeError("optimizer is an empty list: give all that hold parameters")
@@ -383,7 +384,6 @@ class LayerPruner:
 
         ``eliminated`` names those that the model lacks, also the ones that `strip` has removed.
         """
-        present = set(self.model.modules())
         return {
             "sections": [
                 {
@@ -395,7 +395,7 @@ class LayerPruner:
                 }
                 for info, section in zip(self.sections, self._run.sections, strict=True)
             ],
-            "eliminated": [s.name for s in self._run.sections if s.module not in present],
+            "eliminated": [info.name for info in self.sections if info.status == "eliminated"],
         }
 
     def state_dict(self) -> dict:

@@ -6,12 +6,20 @@ their own: no accelerator waits for them, and they do not mix with the gradients
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
 
 def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+class FirstRankFailed(RuntimeError):
+    """Rank 0 cannot go on, so that no rank can; its own error says why."""
 
 
 class Ranks:
@@ -41,6 +49,23 @@ class Ranks:
                 f"{self.count}: call torch.distributed.init_process_group before making it"
             )
 
+    def check_alike(self, names: Sequence[str]) -> None:
+        """Refuses ranks whose models differ, which would send each other what does not fit.
+
+        Args:
+            names: of this rank's sections.
+
+        Raises:
+            RuntimeError: on all ranks, if other ranks have other names.
+        """
+        name = hashlib.blake2b("\n".join(names).encode(), digest_size=6).hexdigest()
+        told = self.gather(torch.tensor([int(name, 16)]))
+        if (told != told[0]).any():
+            raise RuntimeError(
+                f"the ranks' models have other sections than each other; rank {self.rank} found "
+                f"{len(names)}: {', '.join(names[:3])}, ... Build the same model on all ranks"
+            )
+
     def gather(self, numbers: Tensor) -> Tensor:
         """What every rank has, in their order; all ranks call it together.
 
@@ -55,3 +80,18 @@ class Ranks:
         found = numbers.new_empty(self.count, numbers.shape[0])
         dist.all_gather(list(found.unbind()), numbers, group=self._group)
         return found
+
+    def first_alone(self, do: Callable[[], None]) -> None:
+        """Lets rank 0 do something before all go on; they call it together.
+
+        Raises:
+            FirstRankFailed: on the other ranks, where rank 0 raises an error of its own.
+        """
+        try:
+            if self.rank == 0:
+                do()
+        except BaseException:
+            self.gather(torch.zeros(1))
+            raise
+        if not self.gather(torch.ones(1))[0]:
+            raise FirstRankFailed("rank 0 failed")

@@ -123,7 +123,8 @@ def _uneven(rank, sizes):
                 if hasattr(gate.draw, "rows")
             ]
         )
-    return run.events(), run.digests, running
+    weights = {name: value.detach() for name, value in run.model.named_parameters()}
+    return run.events(), run.digests, running, weights
 
 
 @pytest.mark.parametrize("sizes", [(32, 32), (20, 3)])
@@ -131,6 +132,7 @@ def test_uneven_last_batches_neither_hang_nor_part_the_ranks(sizes):
     one, two = run_ranks(_uneven, 2, sizes)
     assert one[0] == two[0] and "eliminated" in {decision for _, _, decision in one[0]}
     assert one[1] == two[1] and len(set(one[1])) == STEPS
+    assert all(value.equal(two[3][name]) for name, value in one[3].items())
     full = [step for step in range(STEPS) if step % 5 != 4]
     assert all(one[2][step] == two[2][step] for step in full)
 
@@ -211,6 +213,35 @@ def test_what_overflows_on_one_rank_ends_the_run_on_all():
     run_ranks(_not_finite, 2)
 
 
+def _skipped(rank):
+    """One rank saw an overflow and says so; the others learn that the step is to be left out."""
+    run = Run(rank, 2)
+    for step in range(4):
+        x, y = _batch(step)
+        F.cross_entropy(run.wrapped(x), y).backward()
+        if step == 1 and rank == 1:
+            graded = next(gates for gates, _ in run.pruner._run.bank._pending)
+            next(iter(graded.values())).grad[:] = torch.nan
+        run.pruner.step(run.optimizer, skipped=step == 1 and rank == 1)
+        run.optimizer.zero_grad()
+    return run.pruner.digest(), bool(run.pruner._learner.statistics.isfinite().all())
+
+
+def test_a_step_skipped_on_one_rank_is_skipped_on_all():
+    one, two = run_ranks(_skipped, 2)
+    assert one == two and one[1]
+
+
+def _other_model(rank):
+    model = nn.Sequential(nn.Linear(6, 8), *list(_model())[1 : 4 + rank], nn.Linear(8, 3)).double()
+    with pytest.raises(RuntimeError, match="other sections than each other"):
+        LayerPruner(model, example_inputs=torch.zeros(2, 6).double(), total_steps=99, strength=1.0)
+
+
+def test_ranks_with_other_models_are_told():
+    run_ranks(_other_model, 2)
+
+
 def _lost(rank):
     run = Run(rank, 2)
     run.step(*_batch(0))
@@ -233,7 +264,7 @@ def test_a_process_group_that_comes_after_the_pruner_is_refused():
 
 def _early(rank):
     run = Run(rank, 1)
-    run.pruner._ranks.count = 1
+    run.pruner.ranks.count = 1
     with pytest.raises(RuntimeError, match="init_process_group before making it"):
         run.step(*_batch(0))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from layerprune.training.untrusted import read_torch
 
 PRUNER_FILE = "layerprune_pruner.pt"
 """The pruner's state in each of the Trainer's checkpoints."""
@@ -72,16 +73,17 @@ def read(folder: Path) -> dict[str, Any]:
         ValueError: if it is missing or damaged, or the optimizer's state is missing.
     """
     path = folder / PRUNER_FILE
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise ValueError(
             f"missing file {path}: the checkpoint is incomplete, or was made without "
             "LayerPruningCallback"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        what = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged or cut short: {what}") from error
+        )
+    try:
+        state = read_torch(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is damaged: it holds no pruner's state")
     if not (folder / OPTIMIZER_NAME).is_file():
         raise ValueError(
             f"missing file {folder / OPTIMIZER_NAME}: no run can go on from a checkpoint that was "

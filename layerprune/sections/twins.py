@@ -81,7 +81,7 @@ def run_section(
 
 def _own_copy(forward: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     label = f"section {name}"
-    code = forward.__code__.replace(co_name=label, co_qualname=label)
+    code = forward.__code__.replace(co_name=label)
     return FunctionType(code, forward.__globals__, label)
 
 
@@ -97,7 +97,7 @@ class ResidualTwin:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # A copy has no pruner.
-        return empty, (type(self).__mro__[2],), self.__getstate__()
+        return empty, (type(self).__mro__[2],), super().__reduce_ex__(protocol)[2]
 
 
 class OpaqueTwin:
@@ -112,7 +112,7 @@ class OpaqueTwin:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The twin's class exists only in memory: name it by its original.
-        return empty, (type(self).__mro__[2], OpaqueTwin), self.__getstate__()
+        return empty, (type(self).__mro__[2], OpaqueTwin), super().__reduce_ex__(protocol)[2]
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from layerprune.ranks import Ranks
 from layerprune.training import data
 from layerprune.training.assembly import Network, build_network, pick_device
 from layerprune.training.data import DataSplits
-from layerprune.training.group import check_divides, first_alone, joined
+from layerprune.training.group import check_divides, joined
 from layerprune.training.interrupt import StopRequest
 from layerprune.training.loop import Loop
 from layerprune.training.outcome import finish
@@ -75,7 +75,7 @@ def train(
         with joined(where):
             ranks = Ranks()
             check_divides(recipe, ranks)
-            first_alone(ranks, lambda: _prepare(folder, recipe, resume))
+            ranks.first_alone(lambda: _prepare(folder, recipe, resume))
             splits = data.load(
                 recipe.dataset, data_dir, train_subset=recipe.train_subset, augment=recipe.augment
             )
@@ -87,7 +87,7 @@ def train(
                     session.restore(last)
             # Absolute: the run may be resumed from another working directory.
             place = None if data_dir is None else str(Path(data_dir).expanduser().resolve())
-            first_alone(ranks, lambda: None if resume else write_args(folder, recipe, place))
+            ranks.first_alone(lambda: None if resume else write_args(folder, recipe, place))
             log = opened.enter_context(_log(session, resume))
             with StopRequest() as stop:
                 Loop(session, splits, log, stop, progress, checkpoint_hist).run()

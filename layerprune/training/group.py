@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,11 +14,7 @@ from layerprune.ranks import Ranks
 from layerprune.training.interrupt import Interrupted
 from layerprune.training.recipe import Recipe, RecipeError
 
-__all__ = ["FirstRankFailed", "check_divides", "equalize_buffers", "first_alone", "joined"]
-
-
-class FirstRankFailed(RuntimeError):
-    """Rank 0 cannot go on, so that no rank can; its own error says why."""
+__all__ = ["check_divides", "equalize_buffers", "joined"]
 
 
 @contextmanager
@@ -64,22 +60,6 @@ def check_divides(recipe: Recipe, ranks: Ranks) -> None:
             f"batch_size {recipe.batch_size} gives each of the {ranks.count} ranks {rows} images, "
             f"less than min_rows ({recipe.pruning().min_rows}): choose a larger one"
         )
-
-
-def first_alone(ranks: Ranks, do: Callable[[], None]) -> None:
-    """Lets rank 0 do something before all go on; they call it together.
-
-    Raises:
-        FirstRankFailed: on the other ranks, where rank 0 raises an error of its own.
-    """
-    try:
-        if ranks.rank == 0:
-            do()
-    except BaseException:
-        ranks.gather(torch.zeros(1))
-        raise
-    if not ranks.gather(torch.ones(1))[0]:
-        raise FirstRankFailed("rank 0 failed")
 
 
 def equalize_buffers(model: nn.Module, ranks: Ranks) -> None:

@@ -35,12 +35,13 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Notes the first Ctrl-C or SIGTERM while it is entered; a second one acts as it always does.
+    """Notes a Ctrl-C or SIGTERM while it is entered; a second Ctrl-C acts as it always does.
 
-    Outside the main thread, where Python takes no signals, it never notes any.
+    A further SIGTERM changes nothing: schedulers and launchers each send their own. Outside the
+    main thread, where Python takes no signals, it never notes any.
 
     Attributes:
-        signal: number of the signal that was noted; 0 for none.
+        signal: number of the signal that was noted first; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -48,8 +49,9 @@ class StopRequest:
         self._before: dict[int, object] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, self._before[number])
+        self.signal = self.signal or number
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

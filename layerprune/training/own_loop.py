@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import distributed, nn
+from torch import nn
 
 from layerprune.cost import Inputs
 from layerprune.pruner import LayerPruner
@@ -46,6 +46,7 @@ def save(
         TypeError: if an example input can not be described.
         ValueError: if the builder does not build this network, ``training`` holds something else,
             or the network was renumbered.
+        FirstRankFailed: on the other ranks, where the first one cannot write.
     """
     if pruner.renumbered:
         raise ValueError(
@@ -53,9 +54,6 @@ def save(
             "before strip(renumber=True)"
         )
     folder = Path(path)
-    if folder.exists() and not (folder / checkpoint.STRUCTURE).is_file():
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is no checkpoint: choose another path")
     named = None if builder is None else {"name": builder[0], "kwargs": dict(builder[1])}
     structure = checkpoint.structure_of(named, None, example_inputs, **pruner.structure())
     weights = pruner.model.state_dict()
@@ -63,13 +61,14 @@ def save(
         checkpoint.check_builder(structure, weights)
     if training is not None:
         training = {"pruner": pruner.state_dict(), "training": dict(training)}
-    together = distributed.is_available() and distributed.is_initialized()
-    try:
-        if not together or distributed.get_rank() == 0:
-            checkpoint.save(folder, weights, structure, training)
-    finally:
-        if together:
-            distributed.barrier()
+
+    def write() -> None:
+        if folder.exists() and not (folder / checkpoint.STRUCTURE).is_file():
+            if not folder.is_dir() or any(folder.iterdir()):
+                raise FileExistsError(f"{folder} is no checkpoint: choose another path")
+        checkpoint.save(folder, weights, structure, training)
+
+    pruner.ranks.first_alone(write)
 
 
 def load(path: str | os.PathLike[str], builder: Builder | None = None) -> nn.Module:

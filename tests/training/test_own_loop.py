@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import random
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +14,8 @@ from torchvision.models import resnet18
 
 import layerprune
 from layerprune import GatedResidual, LayerPruner, PruneConfig, verify
-from layerprune.training import checkpoint, own_loop
+from layerprune.ranks import FirstRankFailed
+from layerprune.training import checkpoint
 from layerprune.training.checkpoint import CheckpointError, gated_model, load_model
 from layerprune.training.evaluation import compaction_difference
 
@@ -282,23 +281,17 @@ def test_states_that_training_holds(tmp_path, name, kind):
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("fails", [False, True])
-def test_one_rank_writes_and_all_wait(tmp_path, monkeypatch, rank, fails):
-    waited = []
-    fake = SimpleNamespace(
-        is_available=lambda: True,
-        is_initialized=lambda: True,
-        get_rank=lambda: rank,
-        barrier=lambda: waited.append(rank),
-    )
-    monkeypatch.setattr(own_loop, "distributed", fake)
-    pruner = Loop().pruner
-    if fails:
-        monkeypatch.setattr(checkpoint, "save", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError) if fails and rank == 0 else nullcontext():
-        layerprune.save(tmp_path / "c", pruner)
-    assert (tmp_path / "c").exists() == (rank == 0 and not fails) and waited == [rank]
+def _cannot_write(rank, folder):
+    try:
+        layerprune.save(f"{folder}/a-file", Loop().go(1).pruner, training={})
+    except (FileExistsError, FirstRankFailed) as error:
+        return type(error).__name__
+    return "saved"
+
+
+def test_no_rank_takes_for_saved_what_the_first_could_not_write(tmp_path):
+    (tmp_path / "a-file").touch()
+    assert run_ranks(_cannot_write, 2, str(tmp_path)) == ["FileExistsError", "FirstRankFailed"]
 
 
 def _saves_and_restores(rank, folder):
