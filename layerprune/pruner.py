@@ -130,7 +130,7 @@ class LayerPruner:
         self._agreement = Agreement(self._run, self.ranks)
         self._optimizers: tuple[torch.optim.Optimizer, ...] | None = None
         self._step_hook = drop_idle_gradients(self._run) if self.ranks.count > 1 else None
-        self.renumbered = False
+        self._stripped = self.renumbered = False
         self._learner = ThetaLearner(self._run)
         self._network.attach(self._run.bank.gates, self._run.bank.followers)
         self._learner.allocate_probes()
@@ -362,16 +362,22 @@ class LayerPruner:
         """
         self.close()
         run = self._run
+        if not self._stripped:
+            self._settle_open()
+            self._stripped = True
+        if renumber and not self.renumbered:
+            self._network.renumber(run.where("eliminated"))
+            self.renumbered = True
+        return self.model
+
+    def _settle_open(self) -> None:
+        run = self._run
         closed = [i for i in run.where("open") if float(run.bank.theta[i]) < 0.5]
         left = [i for i, status in enumerate(run.status) if status != "eliminated"]
         self._network.detach(left)
         self._network.remove(closed)
         for index in closed:
             run.status[index] = "eliminated"
-        if renumber:
-            self._network.renumber(run.where("eliminated"))
-            self.renumbered = True
-        return self.model
 
     def close(self) -> None:
         """Takes the hooks off the model and opens the gates in training mode."""

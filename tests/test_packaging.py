@@ -154,7 +154,7 @@ def test_metadata(wheels: Path, site: Path) -> None:
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(needed) == ["numpy", "torch>=2.10"]
-    assert sorted(metadata.get_all("Provides-Extra")) == ["dev", "train"]
+    assert sorted(metadata.get_all("Provides-Extra")) == ["dev", "export", "train"]
 
 
 @pytest.mark.slow

@@ -258,3 +258,14 @@ def test_unknown_names_are_refused():
     renumber(model, names)
     with pytest.raises(ValueError, match="no module '1'.*renumber once"):
         renumber(model, names)
+
+
+def test_strip_may_be_repeated_and_renumbered_later():
+    model = resnet18(num_classes=3)
+    pruner = LayerPruner(
+        model, example_inputs=torch.zeros(2, 3, 32, 32), total_steps=100, strength=0.1
+    )
+    pruner._run.bank.theta[1] = 0.0
+    names = list(pruner.strip().state_dict())
+    assert list(pruner.strip().state_dict()) == names and "layer1.1.conv1.weight" not in names
+    assert len(pruner.strip(renumber=True).layer1) == 1 == len(pruner.strip(renumber=True).layer1)

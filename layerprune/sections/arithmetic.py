@@ -53,6 +53,7 @@ def opaque_forward(
     x: Tensor,
     whole: Callable[..., Tensor],
     batched: frozenset[int | str],
+    shared: frozenset[int | str],
     args: tuple,
     kwargs: dict,
 ) -> Tensor:
@@ -62,10 +63,19 @@ def opaque_forward(
     if draw.runs_whole():
         y = whole(x, *args, **kwargs)
         return ops.gated_residual(x, y, _graded(draw), form="lerp", gate_grad_rows=draw.probes)
-    args = [a[draw.rows] if i in batched else a for i, a in enumerate(args, start=1)]
-    kwargs = {k: v[draw.rows] if k in batched else v for k, v in kwargs.items()}
+    given = {**dict(enumerate(args, start=1)), **kwargs}
+    for key, value in given.items():
+        # What the batch brings may be there in one batch and None in another.
+        if isinstance(value, Tensor) and key not in shared:
+            if key not in batched:
+                raise RuntimeError(
+                    f"a section is called with a tensor as its argument {key!r}, which had none "
+                    "with example_inputs: give the pruner example_inputs like those of training"
+                )
+            given[key] = value[draw.rows]
+    args = [given.pop(position) for position in range(1, len(args) + 1)]
     rows, rest = ops.take_rows(x, draw.rows, exclusive=True)
-    y = whole(rows, *args, **kwargs)
+    y = whole(rows, *args, **given)
     return ops.gated_residual(
         rest, y, _graded(draw), draw.slot, form="lerp", gate_grad_rows=draw.probes
     )

@@ -216,4 +216,4 @@ def _opaque_adapter(module: nn.Module, calls: list[_Call]) -> OpaqueAdapter | No
         batched.add(key)
     if 0 not in batched or second.result != second.arguments[0]:
         return None
-    return OpaqueAdapter(frozenset(batched), first.count > 1)
+    return OpaqueAdapter(frozenset(batched), first.count > 1, frozenset(first.arguments) - batched)

@@ -27,13 +27,20 @@ class OpaqueAdapter:
         batched: positions (the first argument is 0) and names of the arguments that carry the batch
             in their first dimension.
         several_arguments: whether the module is called with more than its input.
+        shared: those of the tensors among the arguments that do not.
     """
 
     kind = "opaque"
 
-    def __init__(self, batched: frozenset[int | str], several_arguments: bool) -> None:
+    def __init__(
+        self,
+        batched: frozenset[int | str],
+        several_arguments: bool,
+        shared: frozenset[int | str] = frozenset(),
+    ) -> None:
         self.batched = batched
         self.several_arguments = several_arguments
+        self.shared = shared
 
     def attach(self, module: nn.Module, gate: Gate) -> None:
         """See `Adapter`."""

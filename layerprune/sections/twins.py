@@ -108,7 +108,8 @@ class OpaqueTwin:
         """Runs the module on the running rows and mixes the result with its input."""
         adapter, gate = getattr(self, GATE_ATTRIBUTE)
         whole = super().forward
-        return run_section(self, gate, opaque_forward, x, whole, adapter.batched, args, kwargs)
+        parts = (whole, adapter.batched, adapter.shared, args, kwargs)
+        return run_section(self, gate, opaque_forward, x, *parts)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The twin's class exists only in memory: name it by its original.

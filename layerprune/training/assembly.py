@@ -117,7 +117,7 @@ def build_network(recipe: Recipe, splits: DataSplits, device: torch.device) -> N
                 seed=recipe.seed,
                 ema=ema,
             )
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # also where memory does not suffice
         raise RecipeError(f"recipe {recipe.name}: {error}") from error
     return Network(model, pruner, ema, {"name": recipe.model, "kwargs": kwargs}, steps, total)
 

@@ -135,8 +135,14 @@ def _dense(
     """The dense network and those of its sections that evaluation does not run."""
     try:
         if builder is not None:
+            if isinstance(builder, nn.Module) or not callable(builder):
+                kind = type(builder).__name__
+                raise ValueError(f"builder must be a function that makes the network, got {kind}")
             with torch.random.fork_rng(devices=[]):
                 model = builder()
+            if not isinstance(model, nn.Module):
+                kind = type(model).__name__
+                raise ValueError(f"builder must return the dense network, it returned {kind}")
         elif structure["builder"] is None:
             raise ValueError(
                 "it names no builder: give one, a function that returns the dense network"

@@ -49,6 +49,26 @@ def save(
     settle(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir(parents=True)
+    try:
+        _write(temporary, weights, structure, training, average)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    _to_disk(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(
+    temporary: Path,
+    weights: Mapping[str, Tensor],
+    structure: Mapping[str, Any],
+    training: Mapping[str, Any] | None,
+    average: Mapping[str, Tensor] | None,
+) -> None:
     for name, tensors in ((WEIGHTS, weights), (EMA, average)):
         if tensors is not None:
             safetensors.torch.save_file(_separate(tensors), temporary / name)
@@ -62,12 +82,6 @@ def save(
     (temporary / STRUCTURE).write_text(encoded(structure, checksums), encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
         _to_disk(path)
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    _to_disk(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _separate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

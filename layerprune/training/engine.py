@@ -17,14 +17,15 @@ from layerprune.training.assembly import Network, build_network, pick_device
 from layerprune.training.data import DataSplits
 from layerprune.training.group import check_divides, joined
 from layerprune.training.interrupt import StopRequest
-from layerprune.training.loop import Loop
+from layerprune.training.loop import Loop, theta_every
 from layerprune.training.outcome import finish
 from layerprune.training.recipe import Recipe
+from layerprune.training.records import EPOCHS_FILE, EVENTS_FILE, THETA_FILE, read_run
 from layerprune.training.runfolder import (
     RunFolderError,
     check_new,
     check_same,
-    marked,
+    newest,
     recover,
     write_args,
 )
@@ -82,12 +83,14 @@ def train(
             session = Session(recipe, _network(recipe, splits, where, ranks), folder, where, ranks)
             if resume:
                 # A run that was stopped before its first checkpoint begins again.
-                last = marked(folder, "last")
+                last = newest(folder)
                 if last is not None:
                     session.restore(last)
             # Absolute: the run may be resumed from another working directory.
             place = None if data_dir is None else str(Path(data_dir).expanduser().resolve())
             ranks.first_alone(lambda: None if resume else write_args(folder, recipe, place))
+            if session.place.step:
+                ranks.first_alone(lambda: _check_tables(session))
             log = opened.enter_context(_log(session, resume))
             with StopRequest() as stop:
                 Loop(session, splits, log, stop, progress, checkpoint_hist).run()
@@ -112,6 +115,28 @@ def _network(recipe: Recipe, splits: DataSplits, device: torch.device, ranks: Ra
         # The weights are the same on all ranks; dropout masks are not to be.
         torch.manual_seed(recipe.seed + ranks.rank)
     return network
+
+
+def _check_tables(session: Session) -> None:
+    """Refuses to go on where rows are lost that the summary and the report are made of."""
+    place, pruner = session.place, session.pruner
+    try:
+        record = read_run(session.folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise RunFolderError(str(error)) from error
+    thetas = place.step // theta_every(session.network.total_steps)
+    tables = {
+        EPOCHS_FILE: ([row["step"] for row in record.epochs], place.epoch),
+        EVENTS_FILE: ([e["step"] for e in record.events], len(pruner.events) if pruner else 0),
+        THETA_FILE: (record.theta_steps, thetas if pruner else 0),
+    }
+    for name, (steps, written) in tables.items():
+        found = sum(step <= place.step for step in steps)
+        if found != written:
+            raise RunFolderError(
+                f"{session.folder / name} has {found} rows up to step {place.step}, of {written} "
+                "that the run has written: put the file back, or begin anew in another --output"
+            )
 
 
 @contextmanager

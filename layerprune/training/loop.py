@@ -28,6 +28,11 @@ _THETA_ROWS = 500
 """Rows of `theta.csv` at the most: enough for a smooth figure."""
 
 
+def theta_every(total_steps: int) -> int:
+    """Steps from one row of `theta.csv` to the next."""
+    return -(-total_steps // _THETA_ROWS)
+
+
 class TrainingDiverged(FloatingPointError):
     """The loss is no longer finite; the message names the step and the last good checkpoint."""
 
@@ -71,7 +76,7 @@ class Loop:
         self.keep = keep
         self.tally: _Tally | None = None
         self.train_step = TrainStep(session)
-        self.theta_every = -(-session.network.total_steps // _THETA_ROWS)
+        self.theta_every = theta_every(session.network.total_steps)
         self.progress = Progress(session, progress and log is not None)
 
     def run(self) -> None:

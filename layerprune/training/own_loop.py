@@ -43,7 +43,7 @@ def save(
 
     Raises:
         FileExistsError: if the path is a file, or a folder that is no checkpoint.
-        TypeError: if an example input can not be described.
+        TypeError: if an example input can not be described, or builder or training is none.
         ValueError: if the builder does not build this network, ``training`` holds something else,
             or the network was renumbered.
         FirstRankFailed: on the other ranks, where the first one cannot write.
@@ -53,6 +53,15 @@ def save(
             "the model was renumbered, and no longer has the names by which it is rebuilt: save it "
             "before strip(renumber=True)"
         )
+    if builder is not None:
+        plain = isinstance(builder, tuple | list) and len(builder) == 2
+        if not (plain and isinstance(builder[0], str) and isinstance(builder[1], Mapping)):
+            raise TypeError(
+                "builder must be a name and its keyword arguments, as "
+                f'("torchvision.resnet18", {{"num_classes": 10}}), got {builder!r}'
+            )
+    if not (training is None or isinstance(training, Mapping)):
+        raise TypeError(f"training must be a mapping or None, got {type(training).__name__}")
     folder = Path(path)
     named = None if builder is None else {"name": builder[0], "kwargs": dict(builder[1])}
     structure = checkpoint.structure_of(named, None, example_inputs, **pruner.structure())

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +91,29 @@ def check_same(folder: Path, recipe: Recipe) -> None:
         RunFolderError: there is no run, or settings differ.
     """
     before, _ = read_args(folder)
-    old, new = before.as_dict(), recipe.as_dict()
+    check_settings(folder, before.as_dict(), recipe)
+
+
+def deciding(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a run's results depend on."""
+    return {key: value for key, value in recipe.as_dict().items() if key not in _FREE}
+
+
+def check_settings(folder: Path, before: Mapping[str, Any], recipe: Recipe) -> None:
+    """Refuses settings that are not those of a run.
+
+    Args:
+        folder: where the run's settings were found.
+        before: the run's.
+        recipe: those to go on with.
+
+    Raises:
+        RunFolderError: they differ.
+    """
     changed = [
-        f"{key} ({old[key]!r}, now {new[key]!r})"
-        for key in new
-        if key not in _FREE and old[key] != new[key]
+        f"{key} ({before.get(key)!r}, now {value!r})"
+        for key, value in deciding(recipe).items()
+        if before.get(key) != value
     ]
     if changed:
         raise RunFolderError(
@@ -150,6 +169,8 @@ def marked(run: Path, marker: str) -> Path | None:
         CheckpointError: the marker holds no checkpoint's name, or that checkpoint is gone.
     """
     path = run / marker
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: put a file there that names a checkpoint")
     if not path.is_file():
         return None
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -159,6 +180,25 @@ def marked(run: Path, marker: str) -> Path | None:
     if not (run / name).is_dir():
         raise CheckpointError(f"{path} points at {name}, which is not there: name another one")
     return run / name
+
+
+def newest(run: Path) -> Path | None:
+    """The checkpoint of a run to go on from: the one marked as the last, else the newest.
+
+    A run that was killed before it marked its first one has no marker.
+
+    Raises:
+        CheckpointError: as `marked`.
+    """
+    last = marked(run, "last")
+    if last is not None:
+        return last
+    numbered = {
+        int(match[1]): path
+        for path in run.iterdir()
+        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+    }
+    return numbered[max(numbered)] if numbered else None
 
 
 def drop_old(run: Path, keep: int) -> None:

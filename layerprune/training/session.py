@@ -15,7 +15,14 @@ from layerprune.ranks import Ranks
 from layerprune.training import checkpoint
 from layerprune.training.assembly import Network, make_optimizer, make_scaler, make_schedule
 from layerprune.training.recipe import Recipe
-from layerprune.training.runfolder import EMA, CheckpointError, drop_old, mark
+from layerprune.training.runfolder import (
+    EMA,
+    CheckpointError,
+    check_settings,
+    deciding,
+    drop_old,
+    mark,
+)
 
 __all__ = ["Place", "Session"]
 
@@ -108,6 +115,7 @@ class Session:
         """
         ledgers = self._ledgers()
         training = {
+            "recipe": deciding(self.recipe),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -163,6 +171,7 @@ class Session:
 
         Raises:
             CheckpointError: it is damaged, or of another model.
+            RunFolderError: it is of a run with other settings.
         """
         builder = checkpoint.read_structure(folder)["builder"]
         if builder != self.network.builder:
@@ -171,6 +180,7 @@ class Session:
                 f"{self.network.builder}"
             )
         training = checkpoint.read_training(folder)
+        check_settings(folder, training.get("recipe", {}), self.recipe)
         try:
             saved, here = len(training["ledgers"]), self.ranks.count
             if saved != here:

@@ -116,6 +116,8 @@ class Recipe:
         for name, minimum in least.items():
             if not minimum <= getattr(self, name) < math.inf:
                 raise RecipeError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise RecipeError(f"seed must be below 2**63, got {self.seed}")
         if self.train_subset is not None and self.train_subset < self.step_rows:
             times = f" times {self.grad_accum_steps}" if self.grad_accum_steps > 1 else ""
             raise RecipeError(

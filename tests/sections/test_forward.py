@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from layerprune import GatedResidual, find_sections
+from layerprune import GatedResidual, LayerPruner, find_sections
 from layerprune.gate import Gate, SectionDraw
 
 ROWS = 7
@@ -227,3 +227,45 @@ def test_an_activation_in_place_leaves_the_input_alone():
     x = torch.randn(3, 4)
     before = x.clone()
     assert block(x).equal(before.relu()) and x.equal(before)
+
+
+class _Masked(nn.Module):
+    """Takes a mask of the batch's rows, or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Linear(5, 5), nn.Tanh())
+
+    def forward(self, x, mask=None, table=None):
+        y = x + self.parts(x)
+        y = y if mask is None else y * mask
+        return y if table is None else y * table
+
+
+class _Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(_Masked() for _ in range(3))
+
+    def forward(self, x, mask=None, table=None):
+        for layer in self.layers:
+            x = layer(x, mask, table=table)
+        return x
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_argument_may_be_missing_in_some_batches(given):
+    """If it was there in the example it goes along with the rows; else nothing is known of it."""
+    torch.manual_seed(0)
+    model, x, mask, table = _Stack(), torch.randn(8, 5), torch.rand(8, 1), torch.rand(5)
+    example = {"x": x, "mask": mask if given else None, "table": table}
+    LayerPruner(model, example_inputs=example, total_steps=100, strength=0.1)
+    model(x, None, table)
+    assert model(x).shape == x.shape
+    if given:
+        draws = [layer._layerprune_gate[1].draw for layer in model.layers]
+        assert any(0 < len(draw.rows) < 8 for draw in draws)
+        assert model(x, mask, table).shape == x.shape
+    else:
+        with pytest.raises(RuntimeError, match="argument 1.*example_inputs like those of training"):
+            model(x, mask, table)

@@ -308,3 +308,33 @@ def test_two_ranks_share_a_checkpoint(tmp_path):
     files = ["model.safetensors", "structure.json", "training.pt"]
     assert list(answers) == [(files, {"rank": 7}, True)] * 2
     assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"builder": "torchvision.resnet18"},
+        {"builder": ("lenet5", 3)},
+        {"builder": len},
+        {"training": [1]},
+    ],
+    ids=repr,
+)
+def test_what_save_cannot_take_is_refused_and_leaves_nothing(tmp_path, given):
+    with pytest.raises(TypeError, match=next(iter(given))):
+        layerprune.save(tmp_path / "c", Loop().pruner, **given)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_refused_value_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="training cannot be saved"):
+        layerprune.save(tmp_path / "c", Loop().go(1).pruner, training={"loss": object()})
+    assert not os.listdir(tmp_path)
+
+
+def test_a_builder_that_is_none(tmp_path):
+    loop = Loop()
+    layerprune.save(tmp_path / "c", loop.pruner)
+    for builder, message in ((loop.pruner.model, "must be a function"), (list, "returned list")):
+        with pytest.raises(layerprune.training.checkpoint.CheckpointError, match=message):
+            layerprune.load(tmp_path / "c", builder=builder)

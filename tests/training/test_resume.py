@@ -12,6 +12,7 @@ from layerprune.training import loop
 from layerprune.training.engine import train
 from layerprune.training.interrupt import Interrupted
 from layerprune.training.records import read_run
+from layerprune.training.runfolder import CheckpointError, RunFolderError
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +168,57 @@ def test_workers_may_change(small, whole, tmp_path, monkeypatch):
             train(small, None, folder, progress=False, device="cpu", checkpoint_hist=99)
     resumed(replace(small, workers=1), folder)
     assert_same_runs(whole(small), folder)
+
+
+@pytest.fixture
+def stopped(small, tmp_path, monkeypatch):
+    """A run that was stopped in its third epoch."""
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 27)
+        with pytest.raises(Interrupted):
+            train(small, None, tmp_path / "run", progress=False, device="cpu", checkpoint_hist=99)
+    return tmp_path / "run"
+
+
+def _content(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_without_a_marker_the_newest_checkpoint_is_gone_on_from(small, whole, stopped):
+    """Its process was killed before it could mark it, or somebody took the marker away."""
+    (stopped / "last").unlink()
+    resumed(small, stopped)
+    assert_same_runs(whole(small), stopped)
+
+
+def test_a_marker_that_is_none_is_refused(small, stopped):
+    (stopped / "last").unlink()
+    (stopped / "last").mkdir()
+    before = _content(stopped)
+    with pytest.raises(CheckpointError, match="last is a folder"):
+        resumed(small, stopped)
+    assert _content(stopped) == before
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "events.jsonl", "theta.csv"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "spoilt"])
+def test_lost_rows_are_missed_before_anything_is_trained(small, stopped, name, damage):
+    """The summary and the report are made of them."""
+    path = stopped / name
+    lines = path.read_text().splitlines(keepends=True)
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_text("".join(lines[:-1]) + ("x,y\n" if damage == "spoilt" else ""))
+    before = _content(stopped)
+    with pytest.raises(RunFolderError, match=name):
+        resumed(small, stopped)
+    assert _content(stopped) == before
+
+
+def test_settings_edited_in_the_folder_are_not_the_runs(small, stopped):
+    """The checkpoint knows what it was trained with."""
+    path = stopped / "args.yaml"
+    path.write_text(path.read_text().replace(f"lr: {small.lr}", "lr: 0.033"))
+    with pytest.raises(RunFolderError, match="lr .*now 0.033"):
+        resumed(replace(small, lr=0.033), stopped)
