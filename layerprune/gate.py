@@ -22,12 +22,21 @@ class SectionDraw:
         slot: int32 ``[B]``, a row's place in the branch's input, or -1.
         rows: int64 ``[K]``, the rows on which the branch runs, ascending.
         probes: int64 ``[P]``, the rows whose gate gradient is wanted, ascending.
+        is_open: whether every gate is 1 and no gradient is wanted.
     """
 
     gate: Tensor
     slot: Tensor
     rows: Tensor
     probes: Tensor
+    is_open: bool = False
+
+    def needs_no_gate(self) -> bool:
+        """Whether the section is a plain one for this batch.
+
+        A compiler is not told, as in `runs_whole`.
+        """
+        return not torch.compiler.is_compiling() and self.is_open
 
     def runs_whole(self) -> bool:
         """Whether all rows run, so that gathering them can be left out.

@@ -127,7 +127,11 @@ class GateBank:
                     if graded and not (forced and index in forced):
                         leaves[index] = leaf
                 gate.draw = SectionDraw(
-                    leaf, slots[index], rows[index][:count], graded_rows[index][:graded]
+                    leaf,
+                    slots[index],
+                    rows[index][:count],
+                    graded_rows[index][:graded],
+                    is_open=is_drawn[index] and thetas[index] == 1 and graded == 0,
                 )
             running.append(count)
         if record:

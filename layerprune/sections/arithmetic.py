@@ -32,7 +32,7 @@ def residual_forward(
     activation: Activation,
 ) -> Tensor:
     """Computes y = act(shortcut(x) + gate * branch(x)), the branch on the running rows only."""
-    if isinstance(draw, bool):
+    if isinstance(draw, bool) or draw.needs_no_gate():
         straight = x if shortcut is None else shortcut(x)
         return activate(straight + branch(x) if draw else straight, activation)
     if draw.runs_whole():
@@ -58,7 +58,7 @@ def opaque_forward(
     kwargs: dict,
 ) -> Tensor:
     """Computes y = x + gate * (whole(x) - x), the module on the running rows only."""
-    if isinstance(draw, bool):
+    if isinstance(draw, bool) or draw.needs_no_gate():
         return whole(x, *args, **kwargs) if draw else x
     if draw.runs_whole():
         y = whole(x, *args, **kwargs)
