@@ -407,7 +407,7 @@ class LayerPruner:
     def state_dict(self) -> dict:
         """Everything a resumed run needs; loads under ``torch.load(weights_only=True)``.
 
-        The same on all ranks, which call it together.
+        The same on all ranks, which call it together, but for the ledger.
 
         Raises:
             FloatingPointError: if the last step's gate gradients are not finite, and no scaler
