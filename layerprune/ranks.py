@@ -59,7 +59,7 @@ class Ranks:
             RuntimeError: on all ranks, if other ranks have other names.
         """
         name = hashlib.blake2b("\n".join(names).encode(), digest_size=6).hexdigest()
-        told = self.gather(torch.tensor([int(name, 16)]))
+        told = self.gather(torch.tensor([int(name, 16)], device="cpu"))
         if (told != told[0]).any():
             raise RuntimeError(
                 f"the ranks' models have other sections than each other; rank {self.rank} found "
@@ -91,7 +91,7 @@ class Ranks:
             if self.rank == 0:
                 do()
         except BaseException:
-            self.gather(torch.zeros(1))
+            self.gather(torch.zeros(1, device="cpu"))
             raise
-        if not self.gather(torch.ones(1))[0]:
+        if not self.gather(torch.ones(1, device="cpu"))[0]:
             raise FirstRankFailed("rank 0 failed")

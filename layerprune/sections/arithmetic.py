@@ -66,13 +66,15 @@ def opaque_forward(
     given = {**dict(enumerate(args, start=1)), **kwargs}
     for key, value in given.items():
         # What the batch brings may be there in one batch and None in another.
-        if isinstance(value, Tensor) and key not in shared:
-            if key not in batched:
-                raise RuntimeError(
-                    f"a section is called with a tensor as its argument {key!r}, which had none "
-                    "with example_inputs: give the pruner example_inputs like those of training"
-                )
+        if not isinstance(value, Tensor) or key in shared:
+            continue
+        if key in batched:
             given[key] = value[draw.rows]
+        elif value.dim() > 0 and value.shape[0] == x.shape[0]:
+            raise RuntimeError(
+                f"a section is called with a tensor of as many rows as its argument {key!r}, and "
+                "had none with example_inputs: give the pruner inputs like those of training"
+            )
     args = [given.pop(position) for position in range(1, len(args) + 1)]
     rows, rest = ops.take_rows(x, draw.rows, exclusive=True)
     y = whole(rows, *args, **given)

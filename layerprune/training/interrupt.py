@@ -88,5 +88,9 @@ def leave_group(worker: int) -> None:
         worker: its number, which a loader says.
     """
     os.setpgid(0, 0)
+    # What came to the group since the process was made is not for it.
+    while (found := signal.sigtimedwait(_STOPS, 0)) is not None:
+        if found.si_pid == os.getppid():
+            os._exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)

@@ -267,5 +267,5 @@ def test_an_argument_may_be_missing_in_some_batches(given):
         assert any(0 < len(draw.rows) < 8 for draw in draws)
         assert model(x, mask, table).shape == x.shape
     else:
-        with pytest.raises(RuntimeError, match="argument 1.*example_inputs like those of training"):
+        with pytest.raises(RuntimeError, match="argument 1.*inputs like those of training"):
             model(x, mask, table)
