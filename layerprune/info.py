@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from layerprune.config import Phase
 from layerprune.judge import Event, Status
@@ -61,3 +63,13 @@ def table(sections: tuple[SectionInfo, ...]) -> str:
         for info in sections
     ]
     return "\n".join(lines)
+
+
+def absent(structure: Mapping[str, Any]) -> list[str]:
+    """Names of the sections that evaluation does not run: eliminated, or theta below 1/2."""
+    closed = [
+        part["name"]
+        for part in structure["sections"]
+        if part["status"] == "open" and part["theta"] < 0.5
+    ]
+    return [*structure["eliminated"], *(n for n in closed if n not in structure["eliminated"])]

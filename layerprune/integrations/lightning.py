@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layerprune.cost import Inputs
+from layerprune.info import absent
 from layerprune.integrations.lightning_support import check_supported
-from layerprune.integrations.steps import StepFollower, absent, check_options, metrics
+from layerprune.integrations.steps import StepFollower, check_options, metrics
 from layerprune.pruner import LayerPruner
 
 __all__ = ["LayerPruning"]

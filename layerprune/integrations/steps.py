@@ -85,12 +85,3 @@ def metrics(pruner: LayerPruner) -> dict[str, float]:
         "layerprune/sections_alive": float(sum(s.status != "eliminated" for s in sections)),
         "layerprune/train_flops_saved": 1.0 - pruner.ledger.fraction,
     } | {f"layerprune/theta/{s.name}": s.theta for s in sections}
-
-
-def absent(structure: Mapping[str, list]) -> list[str]:
-    """Names of the sections that evaluation does not run, from `LayerPruner.structure`."""
-    return [
-        part["name"]
-        for part in structure["sections"]
-        if part["status"] == "eliminated" or (part["status"] == "open" and part["theta"] < 0.5)
-    ]

@@ -22,7 +22,8 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from layerprune.cost import Inputs
-from layerprune.integrations.steps import StepFollower, absent, check_options, metrics
+from layerprune.info import absent
+from layerprune.integrations.steps import StepFollower, check_options, metrics
 from layerprune.integrations.trainer_checkpoints import load_weights, newest, read, save
 from layerprune.integrations.transformers_support import check_supported, first_rows
 from layerprune.pruner import LayerPruner

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layerprune._version import __version__
 from layerprune.cost import Inputs
+from layerprune.info import absent
 from layerprune.sections import Section
 from layerprune.sections.discovery import adapter_of
 from layerprune.sections.opaque import OpaqueAdapter
@@ -107,16 +108,6 @@ def random_inputs(described: list | dict, generator: torch.Generator) -> Inputs:
     if isinstance(described, dict):
         return {key: made(entry) for key, entry in described.items()}
     return [made(entry) for entry in described]
-
-
-def absent(structure: Mapping[str, Any]) -> list[str]:
-    """Names of the sections that evaluation does not run: eliminated, or theta below 1/2."""
-    closed = [
-        part["name"]
-        for part in structure["sections"]
-        if part["status"] == "open" and part["theta"] < 0.5
-    ]
-    return [*structure["eliminated"], *(n for n in closed if n not in structure["eliminated"])]
 
 
 def sections_at(
