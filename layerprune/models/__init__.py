@@ -15,15 +15,17 @@ from typing import Any
 from torch import nn
 
 from layerprune.models.lenet import lenet5
+from layerprune.models.mlp import residual_mlp
 from layerprune.models.resnet import resnet
 from layerprune.models.torchvision_resnet import torchvision_resnet
 from layerprune.models.vgg import vgg16
 
-__all__ = ["build", "lenet5", "names", "resnet", "torchvision_resnet", "vgg16"]
+__all__ = ["build", "lenet5", "names", "residual_mlp", "resnet", "torchvision_resnet", "vgg16"]
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "lenet5": lenet5,
     "vgg16": vgg16,
+    "mlp12": partial(residual_mlp, 12),
     **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 32, 44, 56, 110)},
 }
 
@@ -39,7 +41,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     Args:
         name: One of `names()`.
         **kwargs: ``num_classes``, ``in_channels``, ``image_size``; for the ResNets also ``width``
-            and ``shortcut``. Defaults are those of the network's own builder.
+            and ``shortcut``, for the MLP ``width``. Defaults are those of the network's builder.
 
     Returns:
         The network: float32 images ``[B, in_channels, image_size, image_size]`` to logits

@@ -1,0 +1,1 @@
+"""The study behind docs/performance.md: what pruning while training saves, against what."""

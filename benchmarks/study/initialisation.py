@@ -1,0 +1,22 @@
+"""Schemes of initialisation, to see whether the result depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+SCHEMES: dict[str, Callable[[Tensor], Tensor]] = {
+    "xavier": nn.init.xavier_uniform_,
+    "orthogonal": nn.init.orthogonal_,
+}
+"""Beside the networks' own, which is Kaiming's for convolutions."""
+
+
+def initialise(model: nn.Module, scheme: str | None) -> None:
+    """Draws the weights of all convolutions and linear layers anew; None leaves them."""
+    if scheme is None:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            SCHEMES[scheme](module.weight)
