@@ -9,6 +9,7 @@ RELATIONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
     "==": operator.eq,
+    ">": operator.gt,
 }
 
 

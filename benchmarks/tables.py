@@ -1,23 +1,25 @@
-"""Writes the tables of docs/performance.md from the results.
+"""Writes the tables of docs/performance.md and README.md from the results.
 
     python benchmarks/tables.py
 
 A table stands between `<!-- table: name -->` and `<!-- /table -->`; the name is that of a result in
-benchmarks/results, or "gpu" for all that GPUs' folders hold.
+benchmarks/results, or "gpu" for all that GPUs' folders hold. A study makes several tables: the name
+is then `study-small:methods`, with one of `study.tables.BLOCKS` behind the colon, or `machine`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-import training
 from figures import median, times_compile
+from markdown_table import Column, figures, of, table
+from study.tables import BLOCKS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOTHING = (
     "**No GPU has run the CUDA and Triton kernels yet: there are no figures of theirs.**\n"
@@ -26,7 +28,8 @@ NOTHING = (
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 def filled(page: str, results: Path = RESULTS) -> str:
@@ -43,9 +46,25 @@ def section(name: str, results: Path) -> str:
     if name == "gpu":
         folders = sorted(path.parent for path in results.glob("*/operations.json"))
         return "\n\n".join(map(of_gpu, folders)) or NOTHING
-    result = json.loads((results / f"{name}.json").read_text())
+    file, _, block = name.partition(":")
+    path = results / f"{file}.json"
+    if block:
+        return of_study(path, block)
     make = {"operations-cpu": cpu_operations, "digits-resnet32-overhead": cpu_overhead}
-    return f"{measured_on(result)}\n\n{make.get(name, training.markdown)(result)}"
+    result = json.loads(path.read_text())
+    return f"{measured_on(result)}\n\n{make[name](result)}"
+
+
+def of_study(path: Path, block: str) -> str:
+    """One table of a study, or what it was measured on."""
+    result = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    if not result["rows"]:
+        return f"**`{path.stem}` has not been run yet.**"
+    if block != "machine":
+        return BLOCKS[block](result)
+    commits = len({row["commit"] for row in result["rows"]})
+    more = f" The runs are of {commits} commits; this is the first one's." if commits > 1 else ""
+    return f"{measured_on(result)} {len(result['rows'])} runs.{more}"
 
 
 def measured_on(result: dict) -> str:
@@ -59,18 +78,6 @@ def measured_on(result: dict) -> str:
         f"{', '.join(parts)}, {result['threads']} threads; layerprune {ours} at "
         f"`{(result['commit'] or 'unknown')[:12]}`."
     )
-
-
-def table(columns: dict[str, Callable[[dict], str]], rows: list[dict]) -> str:
-    """Rows as a table in markdown; a column that has nothing to say of a row stays empty there."""
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(make(row) for make in columns.values()) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def of(key: str, form: str) -> Callable[[dict], str]:
-    """A column that is an entry of the row."""
-    return lambda row: form.format(row[key]) if key in row else ""
 
 
 LABELS = {
@@ -118,17 +125,7 @@ def of_gpu(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def figures(result: dict) -> str:
-    columns = {
-        "figure": of("name", "{}"),
-        "target": of("target", "{}"),
-        "measured": of("measured", "{:.3f}"),
-        "met": lambda figure: "yes" if figure["met"] else "**no**",
-    }
-    return table(columns, result["figures"])
-
-
-def against(kind: str) -> Callable[[dict], str]:
+def against(kind: str) -> Column:
     """A column: how many times as fast as a baseline forward and backward are."""
 
     def make(row: dict) -> str:
@@ -140,14 +137,14 @@ def against(kind: str) -> Callable[[dict], str]:
 
 
 def gpu_operations(rows: list[dict]) -> str:
-    def fraction(part: str) -> Callable[[dict], str]:
+    def fraction(part: str) -> Column:
         return lambda row: f"{row['of_copy'][part]:.0%}"
 
     def compiled(row: dict) -> str:
         gain = times_compile(row)
         return "" if gain is None else f"{gain:.2f}"
 
-    def peak(kind: str) -> Callable[[dict], str]:
+    def peak(kind: str) -> Column:
         return lambda row: f"{row['peak_bytes'][kind] / 2**20:,.0f}"
 
     columns = LABELS | {
