@@ -28,6 +28,6 @@ def figures(found: list[dict]) -> str:
         "met": lambda figure: "yes" if figure["met"] else "**no**",
     }
     if any("reading" in figure for figure in found):
-        columns["measured"] = of("measured", "{:.4g}")
+        columns["measured"] = lambda figure: f"{round(figure['measured'], 3):g}"
         columns["of"] = of("reading", "{}")
     return table(columns, found)

@@ -114,14 +114,18 @@ def cpu_overhead(result: dict) -> str:
 def of_gpu(folder: Path) -> str:
     """All about one kind of GPU."""
     operations = json.loads((folder / "operations.json").read_text())
-    parts = [f"### {operations['device']}", measured_on(operations), figures(operations)]
+    parts = [f"### {operations['device']}", measured_on(operations), figures(operations["figures"])]
     small = [row for row in operations["rows"] if "launches" in row]
     large = [row for row in operations["rows"] if "launches" not in row]
     parts += [gpu_small(small), gpu_operations(large)]
     if (folder / "training-step.json").exists():
         steps = json.loads((folder / "training-step.json").read_text())
         heading = f"A training step of ResNet-50, batch {steps['batch_size']}."
-        parts += [f"{heading} {measured_on(steps)}", figures(steps), training_steps(steps)]
+        parts += [
+            f"{heading} {measured_on(steps)}",
+            figures(steps["figures"]),
+            training_steps(steps),
+        ]
     return "\n\n".join(parts)
 
 

@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from layerprune.training.report_canvas import MUTED
+from layerprune.training.report_canvas import INK, MUTED
 from study.grid import FLOPS, REFERENCE
 from study.looks import LOOKS, panels
 from study.statistics import Group, Runs, groups, mean, ratio, select, spread
 
 MAIN = ("digits-resnet56", "fashion-mlp12", "fashion-resnet20")
 """Tasks of the overview."""
+FRONT = {"color": INK, "lw": 1.1, "ls": (0, (3, 2)), "zorder": 1}
 
 
 Cost = Callable[[Runs, Runs], "float | None"]
@@ -95,9 +96,11 @@ def time(key: str) -> Cost:
 
 
 def _front(axes: Axes, points: list[Point]) -> None:
+    """A staircase over what methods reach for a cost, to the panel's dearest."""
     front = pareto(points)
-    x, y = [p.cost for p in front], [p.accuracy for p in front]
-    axes.plot(x, y, color=MUTED, lw=1, ls=(0, (4, 2)), drawstyle="steps-post", zorder=1)
+    x = [*(p.cost for p in front), max(p.cost for p in points)]
+    y = [*(p.accuracy for p in front), front[-1].accuracy]
+    axes.plot(x, y, drawstyle="steps-post", **FRONT)
 
 
 def _mark(axes: Axes, point: Point) -> None:
@@ -138,7 +141,7 @@ def _legend(figure: Figure, found: Iterable[Group]) -> None:
     if any(group.budget == FLOPS for group in found):
         handles.append(Line2D([], [], color=MUTED, marker="o", mfc="white", ls="", ms=6))
         labels.append("hollow: at equal operations")
-    handles.append(Line2D([], [], color=MUTED, lw=1, ls=(0, (4, 2))))
+    handles.append(Line2D([], [], **FRONT))
     labels.append("Pareto front")
     columns = 4 if len(figure.axes) < 3 else 7
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)

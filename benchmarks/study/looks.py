@@ -15,15 +15,15 @@ OURS = "#0072b2"
 LOOKS = {
     "dense": (INK, "s"),
     REFERENCE: (OURS, "*"),
-    "taylor": ("#56b4e9", "v"),
+    "taylor": ("#d55e00", "v"),
     "simultaneous": ("#009e73", "^"),
     "stochastic-depth": ("#e69f00", "o"),
     "stochastic-depth-dense": ("#e69f00", "h"),
     "l0": ("#cc79a7", "D"),
     "random": ("#8c8c8c", "X"),
     "grasp": ("#8c8c8c", "P"),
-    "scratch": ("#d55e00", "p"),
-    "retrained": ("#d55e00", "d"),
+    "scratch": ("#56b4e9", "p"),
+    "retrained": ("#56b4e9", "d"),
 }
 WIDTH, HEIGHT = 3.3, 2.9  # of a panel, in inches
 

@@ -85,6 +85,7 @@ def sections_kept(result: dict) -> Figure | None:
         counted.set_xlim(left=0)
         counted.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         counted.set_xlabel("sections kept")
+        scored.xaxis.set_major_locator(MaxNLocator(5))
         scored.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.4g}%")
         scored.set_xlabel("test accuracy")
     return figure

@@ -9,17 +9,7 @@ from markdown_table import Column, figures, of, table
 
 from study import worth
 from study.grid import EPOCHS, REFERENCE
-from study.statistics import (
-    Comparison,
-    Group,
-    Runs,
-    groups,
-    mean,
-    paired,
-    ratio,
-    select,
-    spread,
-)
+from study.statistics import Comparison, Group, Runs, groups, mean, paired, ratio, select, spread
 from study.targets import targets
 
 PRUNING = (REFERENCE, "taylor", "simultaneous")
