@@ -34,7 +34,7 @@ def main() -> None:
             tasks=options.tasks,
             methods=options.methods,
             seeds=options.seeds,
-            datasets=dict(pair.split("=") for pair in options.dataset),
+            datasets=dict(map(replacement, options.dataset)),
         )
     except ValueError as error:
         sys.exit(f"training.py: {error}")
@@ -47,6 +47,13 @@ def main() -> None:
         write_result(options.output, collected(job))
     if failed:
         sys.exit(f"{len(failed)} cells have no result; the same command runs them again")
+
+
+def replacement(pair: str) -> tuple[str, str]:
+    old, equals, new = pair.partition("=")
+    if not equals:
+        raise grid.StudyError(f"--dataset takes OLD=NEW, as in fashion-mnist=mnist; got {pair!r}")
+    return old, new
 
 
 def arguments() -> argparse.Namespace:

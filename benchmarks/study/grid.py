@@ -148,6 +148,9 @@ def load(
         known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
         raise StudyError(f"no such study: {name}; the studies are {known} (or a .yaml file's path)")
     given = yaml.safe_load(path.read_text())
+    missing = {"seeds", "methods", "tasks"} - set(given or ())
+    if missing:
+        raise StudyError(f"{path} lacks {', '.join(sorted(missing))}")
     chosen = _chosen("task", tasks, given["tasks"])
     run = _chosen("method", methods, given["methods"])
     unknown = set(run) - METHODS.keys()
@@ -157,7 +160,9 @@ def load(
     study = Study(
         name=path.stem,
         tasks={
-            name: _task(name, given["tasks"][name], seeds or given["seeds"], datasets or {})
+            name: _task(
+                name, {"seeds": given["seeds"]} | given["tasks"][name], seeds, datasets or {}
+            )
             for name in chosen
         },
         methods=run,
@@ -172,11 +177,11 @@ def load(
     return study
 
 
-def _task(name: str, given: dict, seeds: Iterable[int], datasets: dict[str, str]) -> Task:
+def _task(name: str, given: dict, seeds: Iterable[int] | None, datasets: dict[str, str]) -> Task:
     settings = {"name": name, **given["recipe"]}
     settings["dataset"] = datasets.get(settings["dataset"], settings["dataset"])
-    own = given.get("seeds", seeds)
-    return Task(recipe.from_mapping(settings, name), given["held_out"], tuple(own))
+    chosen = given["seeds"] if seeds is None else seeds
+    return Task(recipe.from_mapping(settings, name), given["held_out"], tuple(chosen))
 
 
 def _chosen(kind: str, wanted: Iterable[str] | None, there: Iterable[str]) -> tuple[str, ...]:
