@@ -44,6 +44,7 @@ def save(
     Raises:
         ValueError: if ``training`` holds something else, or the structure would not be read back.
     """
+    folder = folder.resolve()  # a link to a checkpoint stays one
     settle(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir(parents=True)
