@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import compress
 
 import torch
@@ -64,6 +65,17 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             "the optimizer holds none of the model's parameters: make it from the "
             "parameters of the very model that the pruner was given"
         )
+
+
+def branch_keys(model: nn.Module, sections: Sequence[Section]) -> set[str]:
+    """Keys of a model's `state_dict` that go with sections, wherever these stand in it."""
+    modules = {id(section.module): section for section in sections}
+    return {
+        key
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in modules
+        for key in replace(modules[id(module)], name=name).branch_keys()
+    }
 
 
 def remove_sections(

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from layerprune import ops
 from layerprune.agreement import Agreement, digest
-from layerprune.compaction import check_optimizer
+from layerprune.compaction import branch_keys, check_optimizer
 from layerprune.config import Phase, PruneConfig, Schedule
 from layerprune.cost import Inputs, evaluating, forward_flops, relative_costs
 from layerprune.decisions import apply_verdict, attracted, check_decay, round_by_theta
@@ -422,8 +422,8 @@ class LayerPruner:
         Load the weights and make the optimizer afterwards.
 
         Raises:
-            ValueError: if the state is of another format, model or schedule, or this pruner has
-                run.
+            ValueError: if the state is damaged, or of another format, model or schedule, or this
+                pruner has run. Nothing is changed then.
         """
         run = self._run
         run.load_state_dict(state)
@@ -431,6 +431,20 @@ class LayerPruner:
         gone = run.where("eliminated")
         self._network.detach(gone)
         self._network.remove(gone)
+
+    def keys_gone(self, state: dict) -> set[str]:
+        """Keys of the model's `state_dict` that it will lack once it has a run's state.
+
+        Args:
+            state: of a run like this one; nothing is changed.
+
+        Raises:
+            ValueError: as `load_state_dict`.
+        """
+        run = self._run
+        run.check(state)
+        told = zip(run.sections, state["status"], strict=True)
+        return branch_keys(self.model, [s for s, status in told if status == "eliminated"])
 
     def __deepcopy__(self, memo: dict) -> LayerPruner:
         raise TypeError(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from layerprune.brief import brief
 from layerprune.config import Phase, PruneConfig, Schedule
 from layerprune.evidence import EvidenceQueue
 from layerprune.gates import GateBank
 from layerprune.judge import Event, Judge, Status
 from layerprune.ledger import Ledger
+from layerprune.saved_state import check_progress, check_settings
 from layerprune.sections import Section
 
 FORMAT = 3
@@ -79,21 +82,24 @@ class RunState:
             "ledger": asdict(self.ledger),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` returned.
+    def check(self, state: Any) -> None:
+        """Refuses a state that cannot be restored here; nothing is changed.
 
         Raises:
-            ValueError: if the state is of another format, model or schedule, or this run has begun.
+            ValueError: if the state is damaged, or of another format, model or schedule, or this
+                run has begun.
         """
         names = [section.name for section in self.sections]
-        if state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else state
+        if type(found) is not int or found != FORMAT:
             raise ValueError(
-                f"this pruner state has format {state.get('format')!r}, this version reads {FORMAT}"
+                f"this pruner state has format {brief(found)}, this version reads {FORMAT}"
             )
+        check_settings(state)
         if state["names"] != names:
             raise ValueError(
                 f"the state speaks of {len(state['names'])} sections "
-                f"({state['names'][:2]}...), the "
+                f"({brief(state['names'][:2])}...), the "
                 f"model has {len(names)} ({names[:2]}...): it belongs to another model"
             )
         if state["total_steps"] != self.schedule.total_steps:
@@ -108,6 +114,15 @@ class RunState:
             raise ValueError(
                 "the state is of a run with another strength, cost or configuration than this one"
             )
+        check_progress(state)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what `state_dict` returned, of a state that `check` takes.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check(state)
         self.step_count = state["step_count"]
         self.learning_since = state["learning_since"]
         self.status[:] = state["status"]

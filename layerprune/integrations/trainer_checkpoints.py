@@ -82,7 +82,7 @@ def read(folder: Path) -> dict[str, Any]:
         state = read_torch(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from error
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or type(state.get("total_steps")) is not int:
         raise ValueError(f"{path} is damaged: it holds no pruner's state")
     if not (folder / OPTIMIZER_NAME).is_file():
         raise ValueError(

@@ -45,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "absent",
     "check_builder",
+    "check_weights",
     "example_inputs",
     "gated_model",
     "load_model",
@@ -67,14 +68,41 @@ _DTYPES = {
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
     torch.bool: "BOOL",
 }
-_FLOATING = {"F64", "F32", "F16", "BF16"}
+_FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
 def example_inputs(kwargs: Mapping[str, Any]) -> Tensor:
     """Two empty images of the size that a network was built for."""
     return torch.zeros(2, kwargs["in_channels"], kwargs["image_size"], kwargs["image_size"])
+
+
+def check_weights(
+    model: nn.Module, folder: Path, lacking: Collection[str] = (), name: str = WEIGHTS
+) -> None:
+    """Refuses a checkpoint's weights that `load_weights` would refuse, by names and shapes alone.
+
+    Args:
+        model: the network; not changed.
+        folder: the checkpoint.
+        lacking: keys that the file does not hold.
+        name: the file: that of the weights, or of their average.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model.
+    """
+    state = {key: tensor for key, tensor in model.state_dict().items() if key not in lacking}
+    on_meta = any(tensor.is_meta for tensor in state.values())
+    problem = _misfit(state, read_shapes(folder, name), on_meta)
+    if problem:
+        raise CheckpointError(f"{folder / name} does not fit the network of {STRUCTURE}: {problem}")
 
 
 def load_weights(
@@ -87,17 +115,14 @@ def load_weights(
     Args:
         model: changed in place, or not at all.
         folder: the checkpoint.
-        lacking: keys that the file need not hold.
+        lacking: keys that the file does not hold.
         name: the file: that of the weights, or of their average.
 
     Raises:
-        CheckpointError: missing, damaged, or of another model.
+        CheckpointError: as `check_weights`.
     """
-    state = model.state_dict()
-    on_meta = any(tensor.is_meta for tensor in state.values())
-    problem = _misfit(state, read_shapes(folder, name), lacking, on_meta)
-    if problem:
-        raise CheckpointError(f"{folder / name} does not fit the network of {STRUCTURE}: {problem}")
+    check_weights(model, folder, lacking, name)
+    on_meta = any(tensor.is_meta for tensor in model.state_dict().values())
     weights = read_weights(folder, name)
     if on_meta:  # what was read lies in the file, which may change
         weights = {key: tensor.clone() for key, tensor in weights.items()}
@@ -107,10 +132,9 @@ def load_weights(
 def _misfit(
     state: Mapping[str, Tensor],
     found: Mapping[str, tuple[str, tuple[int, ...]]],
-    lacking: Collection[str],
     any_precision: bool,
 ) -> str:
-    missing = [name for name in state if name not in found and name not in lacking]
+    missing = [name for name in state if name not in found]
     if missing:
         return f"{reprlib.repr(missing[0])} and {len(missing) - 1} others are missing"
     foreign = [name for name in found if name not in state]
@@ -168,7 +192,7 @@ def check_builder(structure: Mapping[str, Any], weights: Mapping[str, Tensor]) -
     gone = sections_at(model, structure["eliminated"], structure)
     remove_sections(model, list(gone.values()))
     found = {name: (_DTYPES.get(t.dtype, ""), tuple(t.shape)) for name, t in weights.items()}
-    problem = _misfit(model.state_dict(), found, (), any_precision=True)
+    problem = _misfit(model.state_dict(), found, any_precision=True)
     if problem:
         raise ValueError(f"builder {structure['builder']} does not build this model: {problem}")
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from layerprune.training.runfolder import EMA, STRUCTURE, TRAINING, WEIGHTS, CheckpointError, settle
 from layerprune.training.structure import LIMIT, decoded, encoded
 from layerprune.training.untrusted import (
-    check_torch,
     parsed_json,
     read_text,
     read_torch,
     sha256,
     tensor_shapes,
+    write_torch,
 )
 
 __all__ = ["read_shapes", "read_structure", "read_training", "read_weights", "save"]
@@ -46,6 +44,7 @@ def save(
     Raises:
         ValueError: if ``training`` holds something else, or the structure would not be read back.
     """
+    folder = folder.resolve()  # a link to a checkpoint stays one
     settle(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir(parents=True)
@@ -74,9 +73,8 @@ def _write(
             safetensors.torch.save_file(_separate(tensors), temporary / name)
     if training is not None:
         try:
-            torch.save(dict(training), temporary / TRAINING)
-            check_torch(temporary / TRAINING)
-        except (AttributeError, TypeError, ValueError, pickle.PicklingError) as error:
+            write_torch(dict(training), temporary / TRAINING)
+        except ValueError as error:
             raise ValueError(f"training cannot be saved: {error}") from error
     checksums = {path.name: sha256(path) for path in temporary.iterdir()}
     (temporary / STRUCTURE).write_text(encoded(structure, checksums), encoding="utf-8")

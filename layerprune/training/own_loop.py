@@ -14,6 +14,7 @@ from layerprune.pruner import LayerPruner
 from layerprune.training import checkpoint
 from layerprune.training.builders import Builder
 from layerprune.training.runfolder import locate
+from layerprune.training.untrusted import what_failed
 
 __all__ = ["load", "restore", "save"]
 
@@ -111,21 +112,24 @@ def restore(path: str | os.PathLike[str], pruner: LayerPruner) -> dict[str, Any]
 
     Raises:
         CheckpointError: it is missing, damaged, or its files do not fit each other, or the pruner.
+            Neither the pruner nor the model is changed then.
     """
     folder = locate(path)
     state = checkpoint.read_training(folder)
-    checkpoint.read_weights(folder)  # nothing is changed before all files are known to be whole
     if "training" not in state:
         raise checkpoint.CheckpointError(
             f"{folder / checkpoint.TRAINING} was not written by layerprune.save: go on with this "
             "run by layerprune train --resume"
         )
+    # Nothing is changed before all files are known to be whole and to fit.
     try:
-        training = state["training"]
-        pruner.load_state_dict(state["pruner"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        gone = pruner.keys_gone(state.get("pruner"))
+    except ValueError as error:
         raise checkpoint.CheckpointError(
-            f"{folder / checkpoint.TRAINING} is of another run: {error}"
+            f"{folder / checkpoint.TRAINING} is of another run: {what_failed(error)}"
         ) from error
+    checkpoint.check_weights(pruner.model, folder, gone)
+    checkpoint.read_weights(folder)
+    pruner.load_state_dict(state["pruner"])
     checkpoint.load_weights(pruner.model, folder)
-    return training
+    return state["training"]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from layerprune.brief import brief
 from layerprune.training.records import EPOCHS_FILE, write_atomic
 from layerprune.training.untrusted import YAML_LIMIT, parsed_yaml, read_text
 
@@ -111,7 +112,7 @@ def check_settings(folder: Path, before: Mapping[str, Any], recipe: Recipe) -> N
         RunFolderError: they differ.
     """
     changed = [
-        f"{key} ({before.get(key)!r}, now {value!r})"
+        f"{key} ({brief(before.get(key))}, now {value!r})"
         for key, value in deciding(recipe).items()
         if before.get(key) != value
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerprune.brief import brief
 from layerprune.ledger import Ledger
 from layerprune.ranks import Ranks
 from layerprune.training import checkpoint
@@ -18,13 +19,19 @@ from layerprune.training.recipe import Recipe
 from layerprune.training.runfolder import (
     EMA,
     CheckpointError,
+    RunFolderError,
     check_settings,
     deciding,
     drop_old,
     mark,
 )
+from layerprune.training.typed import coerced
+from layerprune.training.untrusted import what_failed
 
 __all__ = ["Place", "Session"]
+
+# What torch and this package raise when a state's values are not what they were.
+_DAMAGED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -173,15 +180,22 @@ class Session:
             CheckpointError: it is damaged, or of another model.
             RunFolderError: it is of a run with other settings.
         """
-        builder = checkpoint.read_structure(folder)["builder"]
-        if builder != self.network.builder:
+        structure = checkpoint.read_structure(folder)
+        if structure["builder"] != self.network.builder:
             raise CheckpointError(
-                f"{folder} is of another model: {builder}, where the recipe has "
-                f"{self.network.builder}"
+                f"{folder} is of another model: {brief(structure['builder'])}, where the recipe "
+                f"has {self.network.builder}"
             )
         training = checkpoint.read_training(folder)
-        check_settings(folder, training.get("recipe", {}), self.recipe)
+        if "recipe" not in training:
+            version = structure.get("layerprune")
+            raise CheckpointError(
+                f"{folder / checkpoint.TRAINING} was not written by layerprune train, or by one "
+                f"too old to go on from (version {brief(version)}): begin anew, or finish the run "
+                "with that version"
+            )
         try:
+            check_settings(folder, training["recipe"], self.recipe)
             saved, here = len(training["ledgers"]), self.ranks.count
             if saved != here:
                 raise CheckpointError(
@@ -192,15 +206,15 @@ class Session:
                 # First the structure: it decides which weights and which parameters there are.
                 ledger = training["ledgers"][self.ranks.rank]
                 self.pruner.load_state_dict(training["pruner"] | {"ledger": ledger})
+            self.place = self._checked(training["place"])
             checkpoint.load_weights(self.model, folder)
             if self.ema is not None:
                 checkpoint.load_weights(self.ema.module, folder, name=EMA)
-                self.ema.n_averaged.fill_(training["place"]["step"])
+                self.ema.n_averaged.fill_(self.place.step)
             self._attach_optimizer()
             self.optimizer.load_state_dict(training["optimizer"])
             self.scaler.load_state_dict(training["scaler"])
             self.schedule.load_state_dict(training["schedule"])
-            self.place = Place(**training["place"])
             # Copies: torch takes no part of a tensor for a generator's state.
             mine = {
                 kind: states[self.ranks.rank].clone() for kind, states in training["rng"].items()
@@ -208,11 +222,25 @@ class Session:
             torch.set_rng_state(mine["torch"])
             if self.device.type == "cuda" and "cuda" in mine:
                 torch.cuda.set_rng_state(mine["cuda"], self.device)
-        except CheckpointError:
+        except (CheckpointError, RunFolderError):
             raise
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _DAMAGED as error:
             raise CheckpointError(
-                f"{folder / checkpoint.TRAINING} is damaged or of another run: {error}"
+                f"{folder / checkpoint.TRAINING} is damaged or of another run: {what_failed(error)}"
             ) from error
         if self.ranks.rank == 0:
             self._mark_best()
+
+    def _checked(self, saved: Any) -> Place:
+        """A saved place, if a run like this one can be there.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        place, network = Place(**coerced(Place, saved, "its place")), self.network
+        done = place.epoch * network.steps_per_epoch + place.batch
+        within = 0 <= place.batch < network.steps_per_epoch and 0 <= place.epoch
+        counted = self.pruner is None or self.pruner.step_count == done
+        if not (within and counted and done == place.step <= network.total_steps):
+            raise ValueError(f"no run is at {brief(saved)}")
+        return place

@@ -205,10 +205,16 @@ def _well_formed(found: dict[str, Any]) -> bool:
         and (found["inputs"] is None or _well_formed_inputs(found["inputs"]))
         and isinstance(found["eliminated"], list)
         and all(isinstance(name, str) for name in found["eliminated"])
+        and _different(found["eliminated"])
         and isinstance(found["sections"], list)
         and all(_well_formed_section(part) for part in found["sections"])
+        and _different([part["name"] for part in found["sections"]])
         and all(isinstance(value, str) for value in found["checksums"].values())
     )
+
+
+def _different(names: list[str]) -> bool:
+    return len(set(names)) == len(names)
 
 
 def _well_formed_inputs(inputs: Any) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from layerprune.brief import brief
+
 __all__ = ["coerced"]
 
 _WORDS = {
@@ -46,7 +48,7 @@ def coerced(cls: type, values: Mapping[str, Any], what: str) -> dict[str, Any]:
             result[name] = _fit(value, hints[name])
         except TypeError:
             raise ValueError(
-                f"{name} of {what} must be {_words(hints[name])}, got {value!r}"
+                f"{name} of {what} must be {_words(hints[name])}, got {brief(value)}"
             ) from None
     return result
 

@@ -1,4 +1,4 @@
-"""Reads files that somebody else may have made: within bounds, and nothing in them is run.
+"""Files that somebody else may have made: read within bounds, and nothing in them is run.
 
 Every function raises `ValueError` (or what opening the file raises) for what it does not read; the
 callers add which file it was.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 __all__ = [
     "parsed_json",
@@ -27,6 +28,7 @@ __all__ = [
     "sha256",
     "tensor_shapes",
     "what_failed",
+    "write_torch",
 ]
 
 YAML_LIMIT = 1 << 16
@@ -35,6 +37,9 @@ TABLE_LIMIT = 1 << 26
 """Bytes of a table or a summary at the most."""
 _HEADER_LIMIT = 1 << 24
 """Bytes of what describes the tensors of a file: hundreds of thousands of them."""
+_VALUES_LIMIT = 1 << 22
+"""Values in a file of torch.save at the most, each counted wherever it occurs."""
+_NESTED = dict | list | tuple | set | Tensor
 
 # What PyYAML and torch.load raise on a file that is cut short, of another format, or made to harm.
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -142,16 +147,56 @@ def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise ValueError(what_failed(error)) from error
 
 
-def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote of tensors, numbers, text and containers of them; to the CPU."""
+def write_torch(content: Any, path: Path) -> None:
+    """Writes what `read_torch` reads.
+
+    Raises:
+        ValueError: if it would not be read back; the file is of no use then.
+    """
     try:
-        check_torch(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+        torch.save(content, path)
+        _check_archive(path)
+        _check_sizes(content)
+    except (AttributeError, TypeError, ValueError, pickle.PicklingError) as error:
         raise ValueError(what_failed(error)) from error
 
 
-def check_torch(path: Path) -> None:
+def read_torch(path: Path) -> Any:
+    """What `torch.save` wrote of tensors, numbers, text and containers of them; to the CPU."""
+    try:
+        _check_archive(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sizes(found)
+    except _UNREADABLE as error:
+        raise ValueError(what_failed(error)) from error
+    return found
+
+
+def _check_sizes(content: Any) -> None:
+    """Refuses what takes more memory than its file as soon as somebody copies it.
+
+    Such are tensors of more elements than they have memory for, by a stride of 0, and containers
+    that hold each other many times over.
+    """
+    waiting, count = [[content]], 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            held = value.untyped_storage().nbytes()
+            if value.numel() * value.element_size() > held:
+                raise ValueError(
+                    f"a tensor of shape {list(value.shape)} has only {held} bytes of its own: "
+                    "save its clone()"
+                )
+        else:
+            count += len(value)
+            if count > _VALUES_LIMIT:
+                raise ValueError(f"it holds more than {_VALUES_LIMIT} values")
+            children = [*value, *value.values()] if isinstance(value, dict) else value
+            waiting += [child for child in children if isinstance(child, _NESTED)]
+
+
+def _check_archive(path: Path) -> None:
     """Refuses a file of `torch.save` that names code, or would take more memory than its size."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()

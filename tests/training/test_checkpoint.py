@@ -77,6 +77,7 @@ def test_damage_is_named(finished, run, name, damage):
         ({"builder": 3}, "damaged"),
         ({"eliminated": ["head"]}, "'head' is no section"),
         ({"eliminated": [["x"]]}, "damaged"),
+        ({"eliminated": ["block1_2", "block1_2"]}, "damaged"),
         ({"sections": [{"name": "x"}]}, "damaged"),
     ],
 )

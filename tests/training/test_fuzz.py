@@ -17,11 +17,17 @@ import pytest
 import torch
 from torch import nn
 
-from layerprune.training import checkpoint, recipe, untrusted
+import layerprune
+from layerprune import GatedResidual, LayerPruner
+from layerprune.ranks import Ranks
+from layerprune.training import checkpoint, data, recipe, untrusted
+from layerprune.training.assembly import build_network
 from layerprune.training.builders import build_on_meta
 from layerprune.training.checkpoint import CheckpointError, gated_model, load_model
+from layerprune.training.engine import train
 from layerprune.training.records import read_run
 from layerprune.training.runfolder import RunFolderError, read_args, write_args
+from layerprune.training.session import Session
 from layerprune.training.structure import digest, random_inputs
 
 WEIGHTS, STRUCTURE, TRAINING = "model.safetensors", "structure.json", "training.pt"
@@ -346,6 +352,88 @@ def test_damaged_training_states(original, target):
         found["optimizer"]["state"][0].pop("m"), original[2]["optimizer"]["state"][0]["m"]
     )
     assert found == {"optimizer": {"state": {0: {}}}, "step": 1, "lr": [0.5, None]}
+
+
+def forged(folder, training):
+    """Writes a training state into a checkpoint, with the checksum that goes with it."""
+    torch.save(training, folder / TRAINING)
+    structure = json.loads((folder / STRUCTURE).read_text())
+    structure["checksums"][TRAINING] = untrusted.sha256(folder / TRAINING)
+    structure["checksums"]["structure"] = digest(structure)
+    (folder / STRUCTURE).write_text(json.dumps(structure))
+
+
+def hostile_states(training, seed, count):
+    """Training states with an odd value in one place, and such as have broken things before."""
+    generator = random.Random(seed)
+    plain = (None, True, -1, 1 << 62, 1e308, float("nan"), "x", [], [1], {}, {"a": {}})
+    tensors = (torch.full((1,), torch.nan), torch.zeros(3, 1), torch.zeros(1).expand(1, 3 << 30))
+    nested = functools.reduce(lambda inner, _: [inner, inner], range(24), [])
+    odd = (*plain, *tensors, nested)
+    places = [path for path in paths(training) if path]
+    for path in generator.sample(places, min(count, len(places))):
+        yield replaced(training, path, generator.choice(odd))
+    for value in odd:
+        yield training | {"recipe": value}
+        yield training | {"pruner": value}
+    status = training["pruner"]["status"]
+    for value in (status * 2, status[:-1], ["foo"] * len(status)):
+        yield replaced(training, ("pruner", "status"), value)
+
+
+def answered(restore, folder):
+    """Whether a state was refused by its file's name; else it was taken."""
+    try:
+        with guarded():
+            restore()
+    except (CheckpointError, RunFolderError) as error:
+        assert str(folder) in str(error) and len(str(error)) < 2000 and "\n" not in str(error)
+        return True
+    return False
+
+
+def test_hostile_states_of_an_own_loop(tmp_path):
+    """What is refused leaves pruner and model as they were."""
+
+    def pruner():
+        torch.manual_seed(0)
+        blocks = [GatedResidual(nn.Linear(4, 4)) for _ in range(3)]
+        return LayerPruner(
+            nn.Sequential(*blocks), example_inputs=torch.ones(2, 4), total_steps=20, strength=0.1
+        )
+
+    saved, x = pruner(), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(saved.model.parameters(), lr=0.1)
+    for _ in range(5):
+        saved.model(x).square().mean().backward()
+        optimizer.step()
+        saved.step(optimizer)
+    folder = tmp_path / "c"
+    layerprune.save(folder, saved, training={"optimizer": optimizer.state_dict()})
+    training = torch.load(folder / TRAINING, weights_only=True)
+    refused = 0
+    for state in hostile_states(training, 3, 100):
+        forged(folder, state)
+        fresh = pruner()
+        if answered(lambda: layerprune.restore(folder, fresh), folder):  # noqa: B023
+            refused += 1
+            assert fresh.step_count == 0
+            assert_same(fresh.model.state_dict(), pruner().model.state_dict())
+    assert refused > 60
+
+
+def test_hostile_states_of_a_run(small, tmp_path):
+    one = replace(small, epochs=5, train_subset=256, model_args={"width": 2})
+    train(one, None, tmp_path / "run", progress=False, device="cpu")
+    folder = tmp_path / "run" / "checkpoint-20"
+    training = torch.load(folder / TRAINING, weights_only=True)
+    splits, cpu = data.load("digits", train_subset=256), torch.device("cpu")
+    refused = 0
+    for state in hostile_states(training, 4, 30):
+        forged(folder, state)
+        session = Session(one, build_network(one, splits, cpu), tmp_path / "run", cpu, Ranks())
+        refused += answered(lambda: session.restore(folder), folder)  # noqa: B023
+    assert refused > 40
 
 
 class Calls:

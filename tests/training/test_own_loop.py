@@ -166,6 +166,36 @@ def test_restoring_what_does_not_fit(tmp_path):
     assert fresh.step_count == 0
 
 
+def test_a_link_to_a_checkpoint_stays_one(tmp_path, monkeypatch):
+    loop = Loop().go(2)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        layerprune.save(tmp_path / "link", loop.pruner, training={})
+    assert (tmp_path / "link").is_symlink() and layerprune.load(tmp_path / "real", builder=Mixed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    layerprune.save(".", loop.pruner, training={})
+    assert layerprune.load(tmp_path / "here", builder=Mixed)
+
+
+def test_every_dtype_that_is_saved_is_loaded(tmp_path):
+    kinds = "float64 float16 bfloat16 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64"
+    kinds = [getattr(torch, name) for name in (*kinds.split(), "float8_e4m3fn", "float8_e5m2")]
+
+    def build():
+        model = nn.Sequential(GatedResidual(nn.Linear(4, 4)), nn.Linear(4, 2))
+        for number, kind in enumerate(kinds):
+            model.register_buffer(f"kept{number}", torch.ones(3).to(kind))
+        return model
+
+    example = torch.ones(2, 4)
+    pruner = LayerPruner(build(), example_inputs=example, total_steps=20, strength=0.1)
+    layerprune.save(tmp_path / "c", pruner)
+    found = layerprune.load(tmp_path / "c", builder=build)
+    assert [buffer.dtype for buffer in found.buffers()] == kinds
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_known_builders_need_no_script(tmp_path, dtype):
     example = torch.zeros(2, 3, 32, 32, dtype=dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from layerprune.training.untrusted import read_torch
+from layerprune.training.untrusted import read_torch, write_torch
 
 NEEDED = {
     "MultiStepLR": {"milestones": [1, 2, 2]},
@@ -64,3 +64,34 @@ def test_the_state_of_every_schedule_is_read_back(name, tmp_path):
 def test_plain_values_are_read_back(value, tmp_path):
     found = _read_back(value, tmp_path)
     assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+
+
+def nested(levels, kind=list):
+    """Containers that hold the next one twice: a few hundred bytes, and 2 ** levels to copy."""
+    value = kind()
+    for _ in range(levels):
+        value = kind({1: value, 2: value}) if kind is not list else [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(1).expand(1, 3 << 30), r"shape \[1, 3221225472\] has only 4 bytes"),
+        ([{1: (torch.ones(2, 2)[:1].expand(3, 2),)}], r"shape \[3, 2\] has only 16 bytes"),
+        (nested(24), "more than 4194304 values"),
+        (nested(24, collections.OrderedDict), "more than 4194304 values"),
+    ],
+    ids=["giant", "within containers", "lists", "mappings"],
+)
+def test_what_would_grow_in_memory_is_neither_read_nor_written(value, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        _read_back(value, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        write_torch(value, tmp_path / "training.pt")
+
+
+def test_views_of_tensors_are_read_back(tmp_path):
+    whole = torch.arange(6.0)
+    found = _read_back([whole, whole[::2], whole.view(2, 3).T, whole[:0].expand(9, 0)], tmp_path)
+    assert [tensor.tolist() for tensor in found[1:3]] == [[0, 2, 4], [[0, 3], [1, 4], [2, 5]]]
