@@ -25,8 +25,8 @@ __all__ = ["build", "lenet5", "names", "residual_mlp", "resnet", "torchvision_re
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "lenet5": lenet5,
     "vgg16": vgg16,
-    "mlp12": partial(residual_mlp, 12),
     **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 32, 44, 56, 110)},
+    "mlp12": partial(residual_mlp, 12),
 }
 
 

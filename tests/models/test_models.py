@@ -11,6 +11,7 @@ SMALL = {
     "lenet5": {"in_channels": 1, "image_size": 28},
     "vgg16": {"image_size": 16},
     "resnet20": {"width": 4, "image_size": 8},
+    "mlp12": {"width": 8, "image_size": 8, "in_channels": 1},
 }
 
 
@@ -192,7 +193,7 @@ def test_signal_keeps_its_size_through_a_deep_fresh_network():
 
 def test_names_can_all_be_built():
     assert models.names() == [
-        "lenet5", "vgg16", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+        "lenet5", "vgg16", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "mlp12",
     ]  # fmt: skip
 
 

@@ -423,7 +423,7 @@ def test_hostile_states_of_an_own_loop(tmp_path):
 
 
 def test_hostile_states_of_a_run(small, tmp_path):
-    one = replace(small, epochs=5, train_subset=256, model_args={"width": 2})
+    one = replace(small, epochs=5, train_subset=256, model="mlp12", model_args={"width": 4})
     train(one, None, tmp_path / "run", progress=False, device="cpu")
     folder = tmp_path / "run" / "checkpoint-20"
     training = torch.load(folder / TRAINING, weights_only=True)
