@@ -1,6 +1,6 @@
 """The study of what pruning while training saves, and against what.
 
-    python benchmarks/training.py small --data-dir FOLDER    # on a CPU, about an hour on 2 cores
+    python benchmarks/training.py small --data-dir FOLDER    # on a CPU, a run on each core
     python benchmarks/training.py full --data-dir FOLDER     # on a GPU
     python benchmarks/training.py small --tasks digits-resnet32 --methods dense ours --seeds 7
 
