@@ -18,7 +18,7 @@ __all__ = ["check_progress", "check_settings"]
 Check = Callable[[Any, str], None]
 """Raises ValueError for a value that does not do; the text is its place in the state."""
 
-_MOST = 1 << 62
+_MOST, _LAST_SEED = 1 << 62, (1 << 63) - 1
 _DECISIONS = ("eliminated", "settled", "kept", "closed", "rounded-off", "rounded-on")
 _REASONS = ("test", "rounding", "attraction")
 # Powers of 2 are made of these.
@@ -63,7 +63,11 @@ def check_progress(state: Mapping[str, Any]) -> None:
         "learning_since": _optional(_whole(high=total)),
         "status": _several(_one_of(get_args(Status)), count),
         "bank": _fields(
-            theta=share, probe_rate=share, seed=_whole(), draw_number=_whole(), widest=_whole()
+            theta=share,
+            probe_rate=share,
+            seed=_whole(high=_LAST_SEED),
+            draw_number=_whole(),
+            widest=_whole(),
         ),
         "judge": _fields(
             test=test,

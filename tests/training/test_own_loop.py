@@ -179,6 +179,19 @@ def test_a_link_to_a_checkpoint_stays_one(tmp_path, monkeypatch):
     assert layerprune.load(tmp_path / "here", builder=Mixed)
 
 
+def test_the_last_seed_is_taken_back(tmp_path):
+    example, seed = torch.ones(2, 4), 2**63 - 1
+
+    def make():
+        model = nn.Sequential(GatedResidual(nn.Linear(4, 4)), nn.Linear(4, 2))
+        return LayerPruner(model, example_inputs=example, total_steps=20, strength=0.1, seed=seed)
+
+    layerprune.save(tmp_path / "c", make(), training={})
+    fresh = make()
+    layerprune.restore(tmp_path / "c", fresh)
+    assert fresh.state_dict()["bank"]["seed"] == seed
+
+
 def test_every_dtype_that_is_saved_is_loaded(tmp_path):
     kinds = "float64 float16 bfloat16 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64"
     kinds = [getattr(torch, name) for name in (*kinds.split(), "float8_e4m3fn", "float8_e5m2")]
