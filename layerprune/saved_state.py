@@ -49,7 +49,7 @@ def check_progress(state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if a value is missing, or cannot be that of such a run.
     """
-    sections, total = state["names"], state["total_steps"]
+    sections = state["names"]
     count = len(sections)
     index = _whole(high=count - 1)
     share = _tensor([count], torch.float32, within=(0, 1))
@@ -59,8 +59,8 @@ def check_progress(state: Mapping[str, Any]) -> None:
         attempts=_mapping(index, _whole(high=_MOST_ATTEMPTS)),
     )
     checks = {
-        "step_count": _whole(high=total),
-        "learning_since": _optional(_whole(high=total)),
+        "step_count": _whole(),
+        "learning_since": _optional(_whole()),
         "status": _several(_one_of(get_args(Status)), count),
         "bank": _fields(
             theta=share,
@@ -83,7 +83,7 @@ def check_progress(state: Mapping[str, Any]) -> None:
         "evidence": _several(_evidence(count, measurement)),
         "events": _several(
             _fields(
-                step=_whole(high=total),
+                step=_whole(),
                 section=_one_of(sections),
                 decision=_one_of(_DECISIONS),
                 by=_one_of(_REASONS),

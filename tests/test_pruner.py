@@ -1055,3 +1055,20 @@ def test_a_seed_that_is_none_is_refused_at_once(seed):
     options = {"example_inputs": torch.zeros(2, 6), "total_steps": 100, "strength": 0.1}
     with pytest.raises(ValueError, match="seed must be"):
         LayerPruner(model, seed=seed, **options)
+
+
+def test_a_run_that_went_on_beyond_its_steps_is_restored():
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(GatedResidual(nn.Linear(4, 4)), nn.Linear(4, 1))
+        return LayerPruner(model, example_inputs=torch.ones(2, 4), total_steps=20, strength=0.1)
+
+    pruner = make()
+    optimizer = torch.optim.SGD(pruner.model.parameters(), lr=0.1)
+    for _ in range(25):
+        pruner.model(torch.ones(8, 4)).square().mean().backward()
+        optimizer.step()
+        pruner.step(optimizer)
+    resumed = make()
+    resumed.load_state_dict(pruner.state_dict())
+    assert resumed.step_count == 25 and str(resumed) == str(pruner)
