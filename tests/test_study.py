@@ -193,9 +193,41 @@ def test_the_studies_that_are_shipped():
     for path in grid.FOLDER.glob("*.yaml"):
         study = grid.load(path.stem)
         cells = with_needs(study.cells())
-        assert len(cells) == len({cell.file for cell in cells}) > 100
+        assert len(cells) == len({cell.file for cell in cells}) > 50
         for place, cell in enumerate(cells):
             assert all(needed in cells[:place] for needed in cell.needs())
+
+
+def test_a_task_may_have_methods_and_seeds_of_its_own(tmp_path):
+    tasks = {
+        "tiny": {"held_out": 100, "recipe": SMALL},
+        "own": {
+            "held_out": 100,
+            "recipe": SMALL,
+            "seeds": [0, 1],
+            "methods": ["ours", "l0"],
+            "equal_flops": ["l0"],
+        },
+    }
+    variations = {"own": {"xavier": {"init": "xavier"}}}
+    study = grid.load(written(tmp_path, tasks=tasks, variations=variations))
+    assert [str(cell) for cell in study.cells() if cell.task == "own"] == [
+        "own, ours, seed 0",
+        "own, l0, seed 0",
+        "own, l0 at equal operations, seed 0",
+        "own, ours, seed 1",
+        "own, l0, seed 1",
+        "own, l0 at equal operations, seed 1",
+        "own, ours (xavier), seed 0",  # the study's seeds
+    ]
+    assert {cell.method for cell in study.cells() if cell.task == "tiny"} == {
+        "dense",
+        "ours",
+        "scratch",
+    }
+    with pytest.raises(StudyError, match="unknown method sgd"):
+        tasks["own"]["methods"] = ["sgd"]
+        grid.load(written(tmp_path, tasks=tasks))
 
 
 def test_parts_of_a_study(tmp_path):
@@ -246,6 +278,6 @@ def test_a_cell_that_fails_is_told_and_hinders_no_other(tmp_path):
     }
     study = grid.load(written(tmp_path, tasks=tasks, methods=["dense"], variations={}))
     told = []
-    failed = run_all(Job(replace(study, equal_flops=()), None, tmp_path, "cpu", 1), 1, told.append)
+    failed = run_all(Job(study, None, tmp_path, "cpu", 1), 1, told.append)
     assert failed == [Cell("bad", "dense")] and len(told) == 2
     assert "needs the folder that holds it" in told[0]

@@ -155,6 +155,6 @@ def collected(job: Job) -> dict:
             name: {"recipe": task.recipe.as_dict(), "held_out": task.held_out}
             for name, task in job.study.tasks.items()
         },
-        "variations": job.study.variations,
+        "variations": {name: task.variations for name, task in job.study.tasks.items()},
         "rows": rows,
     }

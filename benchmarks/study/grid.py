@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,21 @@ class Task:
     Attributes:
         recipe: how it is trained.
         held_out: training images that are taken away, to judge sections on.
+        methods: those that it is trained by.
+        equal_flops: those of them that it is trained by once more, with the reference's operations.
         seeds: its seeds.
+        variations: what the reference is trained with as well: changes of recipe by their name, and
+            under "init" the scheme of initialisation.
+        variation_seeds: the seeds of these.
     """
 
     recipe: Recipe
     held_out: int
+    methods: tuple[str, ...]
+    equal_flops: tuple[str, ...]
     seeds: tuple[int, ...]
+    variations: dict[str, dict[str, Any]]
+    variation_seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True, order=True)
@@ -87,38 +96,33 @@ class Study:
     Attributes:
         name: the study's name.
         tasks: by name.
-        methods: those that every task is trained by.
-        equal_flops: those of them that are trained once more with the reference's operations.
-        variations: for some tasks, what the reference is trained with as well: changes of recipe
-            by their name, and under "init" the scheme of initialisation.
         reinsertions: tasks of which one network is taken to see what eliminated sections are worth.
     """
 
     name: str
     tasks: dict[str, Task]
-    methods: tuple[str, ...]
-    equal_flops: tuple[str, ...] = ()
-    variations: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     reinsertions: tuple[str, ...] = ()
 
     def cells(self) -> Iterator[Cell]:
         """All runs, those of a task together."""
         for name, task in self.tasks.items():
             for seed in task.seeds:
-                for method in self.methods:
+                for method in task.methods:
                     yield Cell(name, method, seed=seed)
-                for method in self.equal_flops:
+                for method in task.equal_flops:
                     yield Cell(name, method, budget=FLOPS, seed=seed)
-                for setting in self.variations.get(name, ()):
+            for seed in task.variation_seeds:
+                for setting in task.variations:
                     yield Cell(name, REFERENCE, setting, seed=seed)
             if name in self.reinsertions:
                 yield Cell(name, REINSERTION, seed=task.seeds[0])
 
     def recipe_of(self, cell: Cell) -> tuple[Recipe, str | None]:
         """A cell's recipe and its scheme of initialisation."""
-        changes = dict(self.variations.get(cell.task, {}).get(cell.setting, {}))
+        task = self.tasks[cell.task]
+        changes = dict(task.variations.get(cell.setting, {}))
         init = changes.pop("init", None)
-        one = self.tasks[cell.task].recipe
+        one = task.recipe
         config = one.prune_config | changes.pop("prune_config", {})
         return recipe.override(one, seed=cell.seed, prune_config=config, **changes), init
 
@@ -152,23 +156,15 @@ def load(
     if missing:
         raise StudyError(f"{path} lacks {', '.join(sorted(missing))}")
     chosen = _chosen("task", tasks, given["tasks"])
-    run = _chosen("method", methods, given["methods"])
-    unknown = set(run) - METHODS.keys()
+    there = {method for one in (given, *given["tasks"].values()) for method in one.get("methods", ())}
+    unknown = there - METHODS.keys()
     if unknown:
         raise StudyError(f"{path}: unknown method {', '.join(sorted(unknown))}")
-    only_some = methods is not None
+    wanted = _chosen("method", methods, [name for name in METHODS if name in there])
     study = Study(
         name=path.stem,
-        tasks={
-            name: _task(
-                name, {"seeds": given["seeds"]} | given["tasks"][name], seeds, datasets or {}
-            )
-            for name in chosen
-        },
-        methods=run,
-        equal_flops=tuple(m for m in given.get("equal_flops", ()) if m in run),
-        variations={} if only_some and REFERENCE not in run else given.get("variations", {}),
-        reinsertions=() if only_some else tuple(given.get("reinsertions", ())),
+        tasks={name: _task(name, given, wanted, seeds, datasets or {}) for name in chosen},
+        reinsertions=() if methods is not None else tuple(given.get("reinsertions", ())),
     )
     for cell in study.cells():
         _, init = study.recipe_of(cell)
@@ -177,11 +173,26 @@ def load(
     return study
 
 
-def _task(name: str, given: dict, seeds: Iterable[int] | None, datasets: dict[str, str]) -> Task:
+def _task(
+    name: str,
+    study: dict,
+    methods: Sequence[str],
+    seeds: Iterable[int] | None,
+    datasets: dict[str, str],
+) -> Task:
+    """A task; what it does not say itself, the study says."""
+    given = study | study["tasks"][name]
     settings = {"name": name, **given["recipe"]}
     settings["dataset"] = datasets.get(settings["dataset"], settings["dataset"])
-    chosen = given["seeds"] if seeds is None else seeds
-    return Task(recipe.from_mapping(settings, name), given["held_out"], tuple(chosen))
+    return Task(
+        recipe.from_mapping(settings, name),
+        given["held_out"],
+        methods=tuple(method for method in given["methods"] if method in methods),
+        equal_flops=tuple(method for method in given.get("equal_flops", ()) if method in methods),
+        seeds=tuple(given["seeds"] if seeds is None else seeds),
+        variations=study.get("variations", {}).get(name, {}) if REFERENCE in methods else {},
+        variation_seeds=tuple(study["seeds"] if seeds is None else seeds),
+    )
 
 
 def _chosen(kind: str, wanted: Iterable[str] | None, there: Iterable[str]) -> tuple[str, ...]:
