@@ -4,11 +4,13 @@
     python benchmarks/plots.py benchmarks/results/study-full.json --output docs/figures/full
 
 The same results give the same files, byte for byte. A figure of which no run is there is left out.
+Each names in its description the results that it was drawn from, by `fingerprint`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -64,15 +66,21 @@ def written(result: dict, folder: Path) -> list[Path]:
             figure = draw(result)
             if figure is not None:
                 paths.append(folder / f"{name}.svg")
-                paths[-1].write_text(svg(figure))
+                paths[-1].write_text(svg(figure, fingerprint(result)))
     return paths
 
 
-def svg(figure: Figure) -> str:
+def fingerprint(result: dict) -> str:
+    """A short name of results."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def svg(figure: Figure, description: str) -> str:
     """A figure on white, without date and version."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", facecolor="white", metadata=nothing)
+    metadata = nothing | {"Description": description}
+    figure.savefig(buffer, format="svg", facecolor="white", metadata=metadata)
     return buffer.getvalue()
 
 

@@ -226,3 +226,11 @@ def test_figures_of_what_is_there(tmp_path):
         "sections-left",
         "sections-kept",
     ]
+
+
+def test_the_figures_shown_are_of_the_results_shown():
+    own = plots.fingerprint(json.loads(plots.RESULT.read_text()))
+    shown = sorted(plots.FOLDER.glob("*.svg"))
+    assert [path.stem for path in shown] == sorted(plots.FIGURES)
+    for path in shown:
+        assert own in path.read_text(), f"{path}: run python benchmarks/plots.py"

@@ -156,7 +156,8 @@ def load(
     if missing:
         raise StudyError(f"{path} lacks {', '.join(sorted(missing))}")
     chosen = _chosen("task", tasks, given["tasks"])
-    there = {method for one in (given, *given["tasks"].values()) for method in one.get("methods", ())}
+    lists = [one.get("methods", ()) for one in (given, *given["tasks"].values())]
+    there = set().union(*lists)
     unknown = there - METHODS.keys()
     if unknown:
         raise StudyError(f"{path}: unknown method {', '.join(sorted(unknown))}")

@@ -40,12 +40,12 @@ def at_random(setup: Setup, model: nn.Module, sections: list[Section]) -> list[s
 def first_of_stages(setup: Setup, model: nn.Module, sections: list[Section]) -> list[str]:
     """Leaves as many, as a network of that depth has them: the first ones of every stage.
 
-    Stages, told by the digits before a name's underscore, get equally many, the earlier ones what
-    is left over, and what a stage is too small for.
+    Stages, told by the number before a name's underscore or dot ("block1_2", "layer1.2"), get
+    equally many, the earlier ones what is left over, and what a stage is too small for.
     """
     stages = [
         [section.name for section in stage]
-        for _, stage in groupby(sections, lambda s: re.match(r"\D*(\d+_)?", s.name)[0])
+        for _, stage in groupby(sections, lambda s: re.match(r"\D*(\d+[_.])?", s.name)[0])
     ]
     taken = [0] * len(stages)
     left = setup.reference["sections_kept"]

@@ -1,8 +1,8 @@
 """Networks made of residual sections that a `LayerPruner` can gate, each built from one place.
 
-Every network that `build` knows is one flat ``nn.Sequential`` of named stages, so that what comes
-before and after a section is plain to see, for a reader and for a program. `torchvision_resnet`
-makes what a pruned one of torchvision's is.
+The networks for small images are each one flat ``nn.Sequential`` of named stages, so that what comes
+before and after a section is plain to see, for a reader and for a program; those for ImageNet are
+torchvision's. `torchvision_resnet` makes what a pruned one of torchvision's is.
 """
 
 from __future__ import annotations
@@ -14,18 +14,29 @@ from typing import Any
 
 from torch import nn
 
+from layerprune.models.imagenet_resnet import imagenet_resnet
 from layerprune.models.lenet import lenet5
 from layerprune.models.mlp import residual_mlp
 from layerprune.models.resnet import resnet
 from layerprune.models.torchvision_resnet import torchvision_resnet
 from layerprune.models.vgg import vgg16
 
-__all__ = ["build", "lenet5", "names", "residual_mlp", "resnet", "torchvision_resnet", "vgg16"]
+__all__ = [
+    "build",
+    "imagenet_resnet",
+    "lenet5",
+    "names",
+    "residual_mlp",
+    "resnet",
+    "torchvision_resnet",
+    "vgg16",
+]
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "lenet5": lenet5,
     "vgg16": vgg16,
     **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(imagenet_resnet, depth) for depth in (18, 34, 50, 101, 152)},
     "mlp12": partial(residual_mlp, 12),
 }
 
@@ -40,8 +51,8 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: One of `names()`.
-        **kwargs: ``num_classes``, ``in_channels``, ``image_size``; for the ResNets also ``width``
-            and ``shortcut``, for the MLP ``width``. Defaults are those of the network's builder.
+        **kwargs: ``num_classes``, ``in_channels``, ``image_size``; for the ResNets of small images
+            also ``width`` and ``shortcut``, for the MLP ``width``. Defaults are those of the network's builder.
 
     Returns:
         The network: float32 images ``[B, in_channels, image_size, image_size]`` to logits

@@ -11,6 +11,7 @@ SMALL = {
     "lenet5": {"in_channels": 1, "image_size": 28},
     "vgg16": {"image_size": 16},
     "resnet20": {"width": 4, "image_size": 8},
+    "resnet18": {"num_classes": 10, "image_size": 32},
     "mlp12": {"width": 8, "image_size": 8, "in_channels": 1},
 }
 
@@ -105,6 +106,7 @@ def test_resnet_computes_the_papers_network(shortcut, image_size):
         ("resnet20", {"image_size": 28, "shortcut": "B"}),
         ("resnet20", {"image_size": 32, "width": 8}),
         ("resnet20", {"image_size": 4}),
+        ("resnet50", {"image_size": 64}),
     ],
 )
 def test_logits_for_each_image(name, kwargs):
@@ -193,14 +195,18 @@ def test_signal_keeps_its_size_through_a_deep_fresh_network():
 
 def test_names_can_all_be_built():
     assert models.names() == [
-        "lenet5", "vgg16", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "mlp12",
+        "lenet5", "vgg16", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+        "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mlp12",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("resnet18", {}, "lenet5, vgg16, resnet20"),
+        ("resnet19", {}, "lenet5, vgg16, resnet20"),
+        ("resnet50", {"in_channels": 1}, "takes images of 3 channels, got in_channels 1"),
+        ("resnet50", {"image_size": 28}, "image_size of at least 32, got 28"),
+        ("resnet50", {"width": 8}, "no argument width"),
         ("vgg16", {"width": 8}, "no argument width; it takes num_classes, in_channels, image_size"),
         ("vgg16", {"image_size": 15}, "image_size of at least 16, got 15"),
         ("lenet5", {"image_size": 8}, "28 or 32, got 8"),
