@@ -1,8 +1,8 @@
 """Networks made of residual sections that a `LayerPruner` can gate, each built from one place.
 
-The networks for small images are each one flat ``nn.Sequential`` of named stages, so that what comes
-before and after a section is plain to see, for a reader and for a program; those for ImageNet are
-torchvision's. `torchvision_resnet` makes what a pruned one of torchvision's is.
+The networks for small images are each one flat ``nn.Sequential`` of named stages, so that what
+comes before and after a section is plain to see, for a reader and for a program; those for ImageNet
+are torchvision's. `torchvision_resnet` makes what a pruned one of torchvision's is.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: One of `names()`.
-        **kwargs: ``num_classes``, ``in_channels``, ``image_size``; for the ResNets of small images
-            also ``width`` and ``shortcut``, for the MLP ``width``. Defaults are those of the network's builder.
+        **kwargs: ``num_classes``, ``in_channels``, ``image_size``; for the ResNets of small
+            images also ``width`` and ``shortcut``, for the MLP ``width``. Defaults are those of the
+            network's builder.
 
     Returns:
         The network: float32 images ``[B, in_channels, image_size, image_size]`` to logits

@@ -1,4 +1,4 @@
-"""torchvision's ResNets for images of ImageNet's size (He et al. 2015, table 1), as `build` has them."""
+"""torchvision's ResNets for images of ImageNet's size (He et al. 2015, table 1)."""
 
 from __future__ import annotations
 
