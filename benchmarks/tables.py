@@ -62,9 +62,16 @@ def of_study(path: Path, block: str) -> str:
         return f"**`{path.stem}` has not been run yet.**"
     if block != "machine":
         return BLOCKS[block](result)
-    commits = len({row["commit"] for row in result["rows"]})
-    more = f" The runs are of {commits} commits; this is the first one's." if commits > 1 else ""
-    return f"{measured_on(result)} {len(result['rows'])} runs.{more}"
+    rows = result["rows"]
+    told = [
+        measured_on(result),
+        f"{len(rows)} runs, {sum(r['seconds'] for r in rows) / 60:.0f} minutes of a core.",
+    ]
+    for key in ("commit", "device"):
+        several = len({row[key] for row in rows})
+        if several > 1:
+            told.append(f"The runs are of {several} {key}s; this is the first one's.")
+    return " ".join(told)
 
 
 def measured_on(result: dict) -> str:

@@ -1,17 +1,22 @@
 """The study's methods, against what they are said to be; its grid; what it resumes."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+import training
 import yaml
 from study import grid, selection
 from study.execution import Job, collected, run_all, with_needs
-from study.gating import FixedGates, HardConcreteGates, scale_branch
+from study.gating import FixedGates, HardConcreteGates, scale, scaled_layer
 from study.grid import Cell, StudyError
+from study.initialisation import SCHEMES, initialise
+from study.latency import inference_seconds
 from study.methods import GIVEN_DEPTH, METHODS, Setup
 from study.optimality import section_differences
+from study.reinsertion import reinserted
 from study.trial import load_images, run
 from torch import nn
 from torch.nn import functional as F
@@ -30,6 +35,7 @@ SMALL = {
     "lr": 0.05,
     "strength": 0.2,
 }
+FACTS = {"commit": "c" * 40, "device": "a processor"}
 REFERENCE = {"sections_kept": 4, "kept": ["block1_1", "block2_3", "block3_1", "block3_2"]}
 
 
@@ -52,7 +58,7 @@ def test_held_out_images_are_not_trained_on(setup):
 def test_every_method_trains_and_leaves_a_plain_network(setup, method):
     result, model = run(method, *setup)
     again, _ = run(method, *setup)
-    timed = {"train_seconds", "inference_seconds", "overhead_seconds"}
+    timed = {"train_seconds", "overhead_seconds"}
     assert {k: v for k, v in result.items() if k not in timed} == {
         k: v for k, v in again.items() if k not in timed
     }
@@ -138,18 +144,52 @@ def test_hard_concrete_gates_are_open_as_often_as_their_penalty_says():
 
 def test_a_gate_is_put_into_a_branch():
     torch.manual_seed(0)
-    branches = [
-        nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)),
-        nn.Sequential(nn.Linear(3, 3), nn.ReLU()),
+    sections = [
+        GatedResidual(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))),
+        GatedResidual(nn.Sequential(nn.Linear(3, 3), nn.ReLU())),
     ]
     x = torch.randn(5, 3)
-    for branch in branches:
-        expected = 0.25 * branch(x)
+    for section in sections:
+        expected = 0.25 * section.branch(x)
         with torch.no_grad():
-            scale_branch(branch, 0.25)
-        assert torch.allclose(branch(x), expected)
+            scale(scaled_layer(section), 0.25)
+        assert torch.allclose(section.branch(x), expected)
     with pytest.raises(TypeError, match="Tanh"):
-        scale_branch(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), 0.5)
+        scaled_layer(GatedResidual(nn.Sequential(nn.Linear(3, 3), nn.Tanh())))
+    block = models.build("resnet18", image_size=32).layer1[0]
+    with pytest.raises(TypeError, match="BasicBlock"):
+        scaled_layer(block)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_initialisation_does_not_depend_on_the_layout_of_memory(scheme):
+    drawn = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(3, 5)).to(memory_format=layout)
+        before = [layer.weight.clone() for layer in model]
+        torch.manual_seed(0)
+        initialise(model, scheme)
+        assert all(not torch.equal(a, layer.weight) for a, layer in zip(before, model, strict=True))
+        drawn.append([layer.weight.detach() for layer in model])
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+    if scheme == "orthogonal":
+        matrix = drawn[0][1]  # of more rows than columns, which are orthonormal
+        assert torch.allclose(matrix.T @ matrix, torch.eye(3), atol=1e-5)
+
+
+def test_every_section_is_put_in_once(setup):
+    result = reinserted(*setup)
+    assert set(result["reinserted"]) == set(result["penalties"])
+    kept = {name for name, found in result["reinserted"].items() if found["kept"]}
+    assert kept == set(result["kept"]) and 0 < len(kept)
+    for found in result["reinserted"].values():
+        assert math.isfinite(found["difference"]) and found["error"] >= 0
+
+
+def test_times_of_several_networks_are_their_own():
+    slow = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(40)))
+    found = inference_seconds({"a": nn.Identity(), "b": slow}, torch.zeros(16, 8, 16, 16))
+    assert found["a"] < found["b"] and not slow.training
 
 
 def test_differences_are_those_of_removed_sections(setup):
@@ -157,8 +197,9 @@ def test_differences_are_those_of_removed_sections(setup):
     torch.manual_seed(0)
     build = lambda: models.build("resnet20", width=2, in_channels=1, image_size=8)  # noqa: E731
     model, example = build(), torch.zeros(2, 1, 8, 8)
-    found = section_differences(model, example, setup[1], torch.device("cpu"))
+    loss, found = section_differences(model, example, setup[1], torch.device("cpu"))
     x, y = setup[1].batch(range(100))
+    assert loss == pytest.approx(float(F.cross_entropy(model.eval()(x), y)), abs=1e-6)
     for name in ("block1_2", "block3_1"):
         other = build()
         other.load_state_dict(model.state_dict())
@@ -255,9 +296,66 @@ def test_parts_of_a_study(tmp_path):
         grid.load(written(tmp_path, variations={"tiny": {"x": {"init": "best"}}}))
 
 
+TASK = {"held_out": 100, "recipe": SMALL}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"equal_flop": ["l0"]}, "unknown equal_flop"),
+        ({"equal_flops": ["l0"]}, "equal_flops are methods of it"),
+        ({"seeds": []}, "seeds is a list of at least one number"),
+        ({"seeds": 3}, "seeds is a list"),
+        ({"tasks": ["tiny"]}, "tasks is a mapping"),
+        ({"tasks": {"tiny": {"recipe": SMALL}}}, "task tiny lacks held_out"),
+        ({"tasks": {"tiny": TASK | {"seed": 1}}}, "task tiny: unknown seed"),
+        ({"tasks": {"tiny": TASK | {"held_out": 1}}}, "held_out is a number of images"),
+        ({"variations": {"big": {}}}, "variations of unknown tasks: big"),
+        ({"reinsertions": ["big"]}, "reinsertions of unknown tasks: big"),
+        (
+            {"methods": ["l0"], "equal_flops": [], "variations": {}}
+            | {"tasks": {"tiny": TASK | {"recipe": SMALL | {"grad_accum_steps": 2}}}},
+            "goes without grad_accum_steps",
+        ),
+    ],
+)
+def test_a_study_is_refused_for_what_nobody_would_read(tmp_path, changes, words):
+    with pytest.raises(StudyError, match=words):
+        grid.load(written(tmp_path, **changes))
+
+
+def test_a_data_set_is_replaced_where_there_is_one(tmp_path):
+    with pytest.raises(StudyError, match="no task on cifar10"):
+        grid.load(written(tmp_path), datasets={"cifar10": "mnist"})
+
+
+def test_what_a_cell_takes_from_another_belongs_to_its_settings(tmp_path):
+    job = Job(grid.load(written(tmp_path)), None, tmp_path, "cpu", 1, FACTS)
+    ours, scratch = Cell("tiny", "ours"), Cell("tiny", "scratch")
+
+    def write(cell, **result):
+        path = job.folder / cell.file
+        path.write_text(json.dumps({"settings": job.settings(cell)} | result))
+
+    write(ours, kept=["block1_1"], train_flops=0.5)
+    write(scratch, kept=["block1_1"], train_flops=0.3)
+    assert job.result(scratch)["train_flops"] == 0.3
+    write(ours, kept=["block1_2"], train_flops=0.5)
+    assert job.result(scratch) is None
+
+
+def test_a_part_does_not_replace_the_whole(tmp_path):
+    path = tmp_path / "study.json"
+    training.check_output(path, 2)
+    path.write_text(json.dumps({"rows": [{}, {}, {}]}))
+    training.check_output(path, 3)
+    with pytest.raises(StudyError, match="holds 3 runs, and these are 2"):
+        training.check_output(path, 2)
+
+
 @pytest.mark.slow
 def test_a_study_goes_on_with_what_is_missing(tmp_path):
-    job = Job(grid.load(written(tmp_path)), None, tmp_path / "work", "cpu", 1)
+    job = Job(grid.load(written(tmp_path)), None, tmp_path / "work", "cpu", 1, FACTS)
     told = []
     assert run_all(job, 2, told.append) == [] and len(told) == 5
     result = collected(job)
@@ -278,6 +376,6 @@ def test_a_cell_that_fails_is_told_and_hinders_no_other(tmp_path):
     }
     study = grid.load(written(tmp_path, tasks=tasks, methods=["dense"], variations={}))
     told = []
-    failed = run_all(Job(study, None, tmp_path, "cpu", 1), 1, told.append)
+    failed = run_all(Job(study, None, tmp_path, "cpu", 1, FACTS), 1, told.append)
     assert failed == [Cell("bad", "dense")] and len(told) == 2
     assert "needs the folder that holds it" in told[0]

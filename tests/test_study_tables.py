@@ -39,6 +39,9 @@ def row(method: str, seed: int = 0, accuracy: float = 0.9, kept: int = 2, **chan
         "inference_flops": kept / 4,
         "train_seconds": kept * (1.0 + seed),
         "inference_seconds": kept * 0.01,
+        "held_out_loss": 0.25,
+        "seconds": 30.0,
+        "device": "a processor",
         "differences": {name: [-0.2, 0.01] for name in names[:kept]},
         "commit": "c" * 40,
     }
@@ -62,8 +65,8 @@ def study(*rows: dict) -> dict:
         "threads": 1,
         "commit": "c" * 40,
         "tasks": {
-            "digits-resnet56": {"recipe": RECIPE, "held_out": 1},
-            "fashion-mlp12": {"recipe": RECIPE, "held_out": 1},
+            "digits-resnet56": {"recipe": RECIPE, "held_out": 1, "seeds": [0, 1, 2]},
+            "fashion-mlp12": {"recipe": RECIPE, "held_out": 1, "seeds": [0, 1, 2]},
         },
         "variations": {"digits-resnet56": {"27 sections": {}, "xavier": {}}},
         "rows": list(rows),
@@ -79,8 +82,9 @@ def whole() -> dict:
     ]
     rows += [row("l0", seed, 0.82 + 0.01 * seed, budget="flops") for seed in range(3)]
     back = {
-        "layer1_2": {"difference": -0.3, "error": 0.01, "penalty": 0.1},
-        "layer1_3": {"difference": -0.11, "error": 0.01, "penalty": 0.1},
+        "layer1_1": {"difference": -0.5, "error": 0.01, "penalty": 0.1, "kept": True},
+        "layer1_2": {"difference": -0.3, "error": 0.01, "penalty": 0.1, "kept": False},
+        "layer1_3": {"difference": -0.11, "error": 0.01, "penalty": 0.1, "kept": False},
     }
     return study(
         *rows,
@@ -132,7 +136,7 @@ def test_methods_are_compared_by_seed():
 
 def test_without_dense_runs_what_is_told_of_them_stays_empty():
     text = BLOCKS["methods"](study(row("ours"), row("l0", accuracy=0.8)))
-    assert "| `l0` | 1 | 80.00 | -10.00 |  | 2.0 | 50.0% |  | 50.0% |  |" in text
+    assert "| `l0` | 1 of 3 | 80.00 | -10.00 |  | 2.0 | 50.0% |  | 50.0% |  |" in text
     assert "| digits-resnet56 | 1 |  | 90.00 |  | 2.0 of 4 |" in BLOCKS["summary"](
         study(row("ours"))
     )
@@ -140,16 +144,22 @@ def test_without_dense_runs_what_is_told_of_them_stays_empty():
 
 def test_other_tables():
     result = whole()
-    assert "| 27 sections | 1 | 90.00 | 27.0 | 3.0 | 75.0% |" in BLOCKS["variations"](result)
-    assert "xavier" not in BLOCKS["variations"](result)
+    text = BLOCKS["variations"](result)
+    assert "| as the task is | 1 | 91.00 |  | 0.2500 | 4.0 | 1.0 | 25.0% |" in text  # seed 0
+    assert "| 27 sections | 1 | 90.00 | -1.00 | 0.2500 | 27.0 | 3.0 | 75.0% |" in text
+    assert "xavier" not in text
     assert (
         "| digits-resnet56 | `ours` | 3 | 6 | 10.0% | 15.0% | 30.0% | 9 | 3 | 3 | 10.0% |"
         in BLOCKS["eliminations"](result)
     )
-    assert "| digits-resnet56 | 6 | 6 | 0 | 0 | -0.1000 ± 0.0100 |" in BLOCKS["optimality"](result)
+    text = BLOCKS["optimality"](result)
+    assert "| digits-resnet56 | `ours` | 6 | 6 | 0 | 0 | -0.1000 ± 0.0100 |" in text
+    assert "| digits-resnet56 | `dense` | 12 | 12 | 0 | 0 | -0.1000 ± 0.0100 |" in text
+    assert "`l0`" not in text
     text = BLOCKS["reinsertions"](result)
-    assert "Of 2 sections put back 1 would pay." in text
-    assert "| `layer1_3` | -0.1100 ± 0.0100 | -0.1000 | no |" in text
+    assert "Of 2 eliminated ones: 1 yes, 1 undecided, 0 no; of 1 kept ones: 1 yes" in text
+    assert "| `layer1_3` | eliminated | -0.1100 ± 0.0100 | -0.1000 | undecided |" in text
+    assert "| `layer1_1` | kept | -0.5000 ± 0.0100 | -0.1000 | **yes** |" in text
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -191,9 +201,9 @@ def test_one_seed_meets_no_target_of_accuracy():
     found = targets(study(row("ours", accuracy=0.99), row("l0", budget="flops"), row("dense")))
     accuracies = [figure for figure in found if "accuracy" in figure["name"]]
     assert len(accuracies) == 2 and not any(figure["met"] for figure in accuracies)
-    assert "| > 0 | -inf | **no** | +9.00, one seed |" in BLOCKS["targets"](
-        study(row("ours", accuracy=0.99), row("l0", budget="flops"))
-    )
+    assert "| > 0 | -inf | **no** | +9.00, one seed; its FLOPs 100% of these |" in BLOCKS[
+        "targets"
+    ](study(row("ours", accuracy=0.99), row("l0", budget="flops")))
 
 
 def test_a_page_takes_a_studys_tables(tmp_path):
@@ -201,7 +211,9 @@ def test_a_page_takes_a_studys_tables(tmp_path):
     assert "has not been run" in tables.filled(page.format("methods"), tmp_path)
     (tmp_path / "study-small.json").write_text(json.dumps(whole()))
     assert "| **`ours`** |" in tables.filled(page.format("methods"), tmp_path)
-    assert "at `cccccccccccc`. 14 runs." in tables.filled(page.format("machine"), tmp_path)
+    assert "at `cccccccccccc`. 14 runs, 7 minutes of a core." in tables.filled(
+        page.format("machine"), tmp_path
+    )
 
 
 def test_the_front_is_what_nothing_beats():

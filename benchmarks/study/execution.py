@@ -5,22 +5,31 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from machine import facts, write_result
+from machine import write_result
 
 from layerprune.training.assembly import pick_device
+from layerprune.training.data import DataSplits
+from layerprune.training.evaluation import BATCH
+from layerprune.training.sampling import test_loader
 from study.grid import FLOPS, REFERENCE, REINSERTION, Cell, Study
+from study.latency import inference_seconds
 from study.methods import Setup
 from study.reinsertion import reinserted
-from study.trial import load_images, run
+from study.trial import Held, load_images, plain_network, run
 
 LONGEST = 3
 """Times the recipe's epochs that a method may train to spend the reference's operations."""
@@ -36,6 +45,7 @@ class Job:
         folder: where results go.
         device: where to train.
         threads: of each process.
+        facts: what the cells are trained on.
     """
 
     study: Study
@@ -43,6 +53,7 @@ class Job:
     folder: Path
     device: str | None
     threads: int
+    facts: dict
 
     def result(self, cell: Cell) -> dict | None:
         """A cell's result, if it has been run with the settings that it has now."""
@@ -53,9 +64,16 @@ class Job:
         return found if found.pop("settings") == self.settings(cell) else None
 
     def settings(self, cell: Cell) -> list:
-        """What a cell's result depends on, as JSON."""
+        """What a cell's result depends on, as JSON; of the cells that it needs, what it takes."""
         chosen, init = self.study.recipe_of(cell)
-        return [chosen.as_dict(), init, self.study.tasks[cell.task].held_out]
+        needed = [self.result(one) for one in cell.needs()]
+        taken = [one and [one["kept"], one["train_flops"]] for one in needed]
+        return [chosen.as_dict(), init, self.study.tasks[cell.task].held_out, taken]
+
+    def images(self, cell: Cell) -> tuple[DataSplits, Held]:
+        """A cell's images, and those held out from them."""
+        chosen, _ = self.study.recipe_of(cell)
+        return load_images(chosen, self.data_dir, self.study.tasks[cell.task].held_out)
 
 
 def with_needs(cells: Iterable[Cell]) -> list[Cell]:
@@ -75,20 +93,30 @@ def with_needs(cells: Iterable[Cell]) -> list[Cell]:
 def run_all(job: Job, processes: int, tell: Callable[[str], None]) -> list[Cell]:
     """Runs what is missing of a study; returns the cells that failed or lack what they need."""
     cells = with_needs(job.study.cells())
-    done = {cell for cell in cells if job.result(cell) is not None}
+    done: set[Cell] = set()
+    for cell in cells:
+        if job.result(cell) is not None and done.issuperset(cell.needs()):
+            done.add(cell)
     waiting = [cell for cell in cells if cell not in done]
     total, failed = len(cells), []
     running: dict[Future, Cell] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (job.threads,)) as pool:
+    pool = _pool(job, processes)
+    try:
         while waiting or running:
             ready = [cell for cell in waiting if done.issuperset(cell.needs())]
             for cell in ready[: processes - len(running)]:
                 waiting.remove(cell)
                 running[pool.submit(run_cell, job, cell)] = cell
             if not running:
-                return failed + waiting
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
+                if isinstance(future.exception(), BrokenExecutor):
+                    # A process was killed: what ran in the others is lost too.
+                    failed += running.values()
+                    tell(f"{future.exception()}: {', '.join(map(str, running.values()))}")
+                    running.clear()
+                    pool = _pool(job, processes)
+                    break
                 cell = running.pop(future)
                 told, error = future.result()
                 if error is None:
@@ -96,7 +124,14 @@ def run_all(job: Job, processes: int, tell: Callable[[str], None]) -> list[Cell]
                 else:
                     failed.append(cell)
                 tell(f"[{len(done)}/{total}] {cell}: {told if error is None else error}")
-    return failed
+    finally:
+        pool.shutdown()
+    return failed + waiting
+
+
+def _pool(job: Job, processes: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, context, torch.set_num_threads, (job.threads,))
 
 
 def run_cell(job: Job, cell: Cell) -> tuple[str, str | None]:
@@ -104,7 +139,7 @@ def run_cell(job: Job, cell: Cell) -> tuple[str, str | None]:
     started = time.perf_counter()
     try:
         chosen, init = job.study.recipe_of(cell)
-        splits, held_out = load_images(chosen, job.data_dir, job.study.tasks[cell.task].held_out)
+        splits, held_out = job.images(cell)
         setup = Setup(
             chosen,
             splits,
@@ -115,46 +150,75 @@ def run_cell(job: Job, cell: Cell) -> tuple[str, str | None]:
         )
         if cell.method == REINSERTION:
             result = reinserted(setup, held_out)
-            told = f"{len(result['reinserted'])} sections put back"
+            told = f"{len(result['reinserted'])} sections put in"
         else:
             result, _ = run(cell.method, setup, held_out)
             told = (
                 f"accuracy {result['accuracy']:.4f}, {result['sections_kept']} sections, "
                 f"{result['train_flops']:.1%} of the operations"
             )
+        known = {
+            "settings": job.settings(cell),
+            "seconds": time.perf_counter() - started,
+            "facts": job.facts,
+        }
+        write_result(job.folder / cell.file, asdict(cell) | result | known)
     except Exception:
         return "", traceback.format_exc(limit=-3)
-    known = {
-        "settings": job.settings(cell),
-        "seconds": time.perf_counter() - started,
-        "facts": facts(job.device),
-    }
-    write_result(job.folder / cell.file, asdict(cell) | result | known)
     return told, None
 
 
 def _epochs(job: Job, cell: Cell, epochs: int) -> int:
-    """As many as take at least as many operations as the reference took."""
+    """As many as take at least the reference's operations, at the rate of the recipe's epochs."""
     reference, own = (job.result(needed)["train_flops"] for needed in cell.needs())
     return min(max(1, math.ceil(epochs * reference / own)), LONGEST * epochs)
 
 
 def collected(job: Job) -> dict:
-    """All results of a study, as one."""
-    found = [job.result(cell) for cell in with_needs(job.study.cells())]
-    rows = [row for row in found if row is not None]
-    first = rows[0]["facts"] if rows else {}
-    for row in rows:
-        own = row.pop("facts")
-        row["commit"] = own["commit"]
+    """All results of a study, as one, with inference times, which are measured now."""
+    cells = [cell for cell in with_needs(job.study.cells()) if job.result(cell) is not None]
+    rows = [job.result(cell) for cell in cells]
+    facts = [row.pop("facts") for row in rows]
+    seconds = _inference_seconds(job, cells, rows)
+    for cell, row, own in zip(cells, rows, facts, strict=True):
+        row["inference_seconds"] = seconds[cell]
+        row |= {key: own[key] for key in ("commit", "device")}
     return {
         "study": job.study.name,
-        **first,
-        "processes_on_cpus": os.cpu_count(),
+        **(facts[0] if facts else job.facts),
         "tasks": {
-            name: {"recipe": task.recipe.as_dict(), "held_out": task.held_out}
+            name: {
+                "recipe": task.recipe.as_dict(),
+                "held_out": task.held_out,
+                "seeds": list(task.seeds),
+            }
             for name, task in job.study.tasks.items()
         },
-        "variations": {name: task.variations for name, task in job.study.tasks.items()},
+        "variations": {
+            name: task.variations for name, task in job.study.tasks.items() if task.variations
+        },
         "rows": rows,
     }
+
+
+def _inference_seconds(job: Job, cells: list[Cell], rows: list[dict]) -> dict[Cell, float]:
+    """Of every cell's plain network; those of a task that have the same shape are one."""
+    device, found = pick_device(job.device), {}
+    for task in job.study.tasks:
+        shapes, networks = {}, {}
+        for cell, row in zip(cells, rows, strict=True):
+            if cell.task != task:
+                continue
+            chosen, _ = job.study.recipe_of(cell)
+            shapes[cell] = (chosen.model, repr(chosen.model_args), *row["kept"])
+            if shapes[cell] not in networks:
+                splits, _ = job.images(cell)
+                network, _ = plain_network(chosen, splits, device, row["kept"])
+                networks[shapes[cell]] = network.model
+        if not shapes:
+            continue
+        layout = torch.channels_last if chosen.channels_last else torch.preserve_format
+        images, _ = next(iter(test_loader(splits, BATCH)))
+        seconds = inference_seconds(networks, images.to(device, memory_format=layout))
+        found |= {cell: seconds[shape] for cell, shape in shapes.items()}
+    return found

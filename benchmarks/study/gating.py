@@ -100,6 +100,9 @@ class HardConcreteGates:
         seed: of the draws.
         device: where the gates are.
         lr: learning rate of Adam on the locations; falls with the cosine of the rest.
+
+    Raises:
+        TypeError: if a gate's value cannot be put into a section's branch at the end.
     """
 
     temperature = 2 / 3
@@ -116,6 +119,7 @@ class HardConcreteGates:
         lr: float = 0.05,
     ) -> None:
         self.sections = sections
+        self.scaled = [scaled_layer(section.module) for section in sections]
         self.gates = attach_gates(sections)
         self.penalty = penalty.to(device)
         self.generator = torch.Generator(device).manual_seed(seed % 2**63)
@@ -155,25 +159,32 @@ class HardConcreteGates:
         """Multiplies every branch by its gate; returns the sections whose gate is 0."""
         detach_gates(self.sections)
         gates = self._stretched(torch.sigmoid(self.location)).tolist()
-        for section, gate in zip(self.sections, gates, strict=True):
-            scale_branch(section.module.branch, gate)
+        for layer, gate in zip(self.scaled, gates, strict=True):
+            scale(layer, gate)
         return [
             section.name for section, gate in zip(self.sections, gates, strict=True) if gate == 0
         ]
 
 
-def scale_branch(branch: nn.Sequential, factor: float) -> None:
-    """Multiplies a branch's output by a factor >= 0, in the last of its layers that has weights.
+def scaled_layer(section: nn.Module) -> nn.Module:
+    """The last layer with weights of a section's branch, by which its output can be multiplied.
 
     Raises:
-        TypeError: if what comes after that layer does not let a factor through.
+        TypeError: if there is no branch, or what comes after that layer lets no factor through.
     """
+    branch = getattr(section, "branch", None)
+    if not isinstance(branch, nn.Sequential):
+        raise TypeError(f"no factor can be put into the branch of a {type(section).__name__}")
     for layer in reversed(branch):
         if isinstance(layer, nn.BatchNorm2d | nn.Linear | nn.Conv2d):
-            layer.weight.mul_(factor)
-            if layer.bias is not None:
-                layer.bias.mul_(factor)
-            return
+            return layer
         if not isinstance(layer, nn.ReLU | nn.MaxPool2d):
             break
     raise TypeError(f"no factor can be put into a branch that ends in {type(layer).__name__}")
+
+
+def scale(layer: nn.Module, factor: float) -> None:
+    """Multiplies a layer's output by a factor >= 0."""
+    layer.weight.mul_(factor)
+    if layer.bias is not None:
+        layer.bias.mul_(factor)

@@ -12,7 +12,7 @@ import yaml
 from layerprune.training import recipe
 from layerprune.training.recipe import Recipe
 from study.initialisation import SCHEMES
-from study.methods import GIVEN_DEPTH, METHODS
+from study.methods import GATED, GIVEN_DEPTH, METHODS
 
 FOLDER = Path(__file__).resolve().parent
 REFERENCE = "ours"
@@ -145,33 +145,84 @@ def load(
         datasets: data sets to put in the place of others.
 
     Raises:
-        StudyError: no such study, task or method, or something in it is wrong.
+        StudyError: no such study, task, method or data set, or something in it is wrong.
     """
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
         raise StudyError(f"no such study: {name}; the studies are {known} (or a .yaml file's path)")
-    given = yaml.safe_load(path.read_text())
-    missing = {"seeds", "methods", "tasks"} - set(given or ())
-    if missing:
-        raise StudyError(f"{path} lacks {', '.join(sorted(missing))}")
+    try:
+        given = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path} is no YAML: {error}") from error
+    _check(path, given)
     chosen = _chosen("task", tasks, given["tasks"])
-    lists = [one.get("methods", ()) for one in (given, *given["tasks"].values())]
-    there = set().union(*lists)
-    unknown = there - METHODS.keys()
-    if unknown:
-        raise StudyError(f"{path}: unknown method {', '.join(sorted(unknown))}")
+    there = {method for name in given["tasks"] for method in _settings(given, name)["methods"]}
     wanted = _chosen("method", methods, [name for name in METHODS if name in there])
+    unknown = set(datasets or ()) - {
+        task["recipe"].get("dataset") for task in given["tasks"].values()
+    }
+    if unknown:
+        raise StudyError(f"{path} has no task on {', '.join(sorted(unknown))}")
     study = Study(
         name=path.stem,
         tasks={name: _task(name, given, wanted, seeds, datasets or {}) for name in chosen},
         reinsertions=() if methods is not None else tuple(given.get("reinsertions", ())),
     )
     for cell in study.cells():
-        _, init = study.recipe_of(cell)
+        chosen, init = study.recipe_of(cell)
         if init is not None and init not in SCHEMES:
             raise StudyError(f"{path}: unknown init {init}; it is one of {', '.join(SCHEMES)}")
+        if cell.method in GATED and (chosen.grad_accum_steps > 1 or chosen.amp_dtype == "float16"):
+            raise StudyError(
+                f"{path}: {cell.method} of {cell.task} draws its gates once a step and has no "
+                "scaler: it goes without grad_accum_steps and float16"
+            )
     return study
+
+
+_KEYS = {"seeds", "methods", "equal_flops", "tasks", "variations", "reinsertions"}
+_TASK_KEYS = {"recipe", "held_out", "seeds", "methods", "equal_flops"}
+
+
+def _check(path: Path, given: Any) -> None:
+    """Refuses a study that lacks something, or has what nobody reads."""
+
+    def check(is_right: bool, what: str) -> None:
+        if not is_right:
+            raise StudyError(f"{path}: {what}")
+
+    check(isinstance(given, dict), "a study is a mapping")
+    missing = {"seeds", "methods", "tasks"} - set(given)
+    check(not missing, f"it lacks {', '.join(sorted(missing))}")
+    check(given.keys() <= _KEYS, f"unknown {', '.join(sorted(map(str, given.keys() - _KEYS)))}")
+    check(isinstance(given["tasks"], dict), "tasks is a mapping from names to tasks")
+    for name, task in given["tasks"].items():
+        check(isinstance(task, dict), f"task {name} is a mapping")
+        missing = {"recipe", "held_out"} - set(task)
+        check(not missing, f"task {name} lacks {', '.join(sorted(missing))}")
+        unknown = task.keys() - _TASK_KEYS
+        check(not unknown, f"task {name}: unknown {', '.join(sorted(map(str, unknown)))}")
+        whole = _settings(given, name)
+        seeds, held_out = whole["seeds"], whole["held_out"]
+        numbers = isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)
+        check(bool(numbers), f"task {name}: seeds is a list of at least one number, got {seeds!r}")
+        check(
+            type(held_out) is int and held_out >= 2,
+            f"task {name}: held_out is a number of images of at least 2, got {held_out!r}",
+        )
+        unknown = set(whole["methods"]) - METHODS.keys()
+        check(not unknown, f"unknown method {', '.join(sorted(unknown))}")
+        unknown = set(whole.get("equal_flops", ())) - set(whole["methods"])
+        check(not unknown, f"task {name}: equal_flops are methods of it, got {unknown}")
+    for key in ("variations", "reinsertions"):
+        unknown = set(given.get(key, ())) - given["tasks"].keys()
+        check(not unknown, f"{key} of unknown tasks: {', '.join(sorted(unknown))}")
+
+
+def _settings(study: dict, name: str) -> dict:
+    """What a task says, and what it does not, the study."""
+    return study | study["tasks"][name]
 
 
 def _task(
@@ -181,8 +232,7 @@ def _task(
     seeds: Iterable[int] | None,
     datasets: dict[str, str],
 ) -> Task:
-    """A task; what it does not say itself, the study says."""
-    given = study | study["tasks"][name]
+    given = _settings(study, name)
     settings = {"name": name, **given["recipe"]}
     settings["dataset"] = datasets.get(settings["dataset"], settings["dataset"])
     return Task(

@@ -1,35 +1,38 @@
-"""How long a plain network takes to classify images."""
+"""How long plain networks take to classify images."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Hashable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from layerprune.cost import evaluating
-from layerprune.training.data import DataSplits
-from layerprune.training.evaluation import BATCH
-from layerprune.training.sampling import test_loader
-
-_REPEATS = 15
+_ROUNDS = 15
 
 
 @torch.no_grad()
-def inference_seconds(model: nn.Module, splits: DataSplits, device: torch.device) -> float:
-    """Median time of a forward of one batch of test images in evaluation mode, in seconds.
+def inference_seconds(
+    networks: Mapping[Hashable, nn.Module], images: Tensor
+) -> dict[Hashable, float]:
+    """Median times of a forward of one batch in evaluation mode, in seconds.
 
-    The images are on the device; three forwards are not counted.
+    The networks take turns, so that whatever else the machine does befalls all of them alike. Two
+    rounds are not counted.
+
+    Args:
+        networks: by any key; set to evaluation mode.
+        images: a batch, on the networks' device.
     """
-    images, _ = next(iter(test_loader(splits, BATCH)))
-    images = images.to(device)
-    times = []
-    with evaluating(model):
-        for _ in range(3 + _REPEATS):
+    times: dict[Hashable, list[float]] = {key: [] for key in networks}
+    for network in networks.values():
+        network.eval()
+    for _ in range(2 + _ROUNDS):
+        for key, network in networks.items():
             start = time.perf_counter()
-            model(images)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
+            network(images)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(found[2:]) for key, found in times.items()}

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from layerprune.compaction import eliminate_sections
-from layerprune.cost import forward_flops
+from layerprune.cost import forward_flops, relative_costs
 from layerprune.ledger import BACKWARD
+from layerprune.prior import penalties
 from layerprune.sections import Section, find_sections
 from layerprune.training.assembly import Network, build_network
 from layerprune.training.checkpoint import example_inputs
@@ -192,11 +193,16 @@ def _linear_decay(method: Method, **options: bool) -> FixedGates:
 
 
 def _hard_concrete(method: Method) -> HardConcreteGates:
-    recipe, device = method.recipe, next(method.network.model.parameters()).device
-    cost = torch.tensor(method.branch_flops)
-    penalty = recipe.strength * cost / cost.mean()
-    seed = derived_seed(recipe.seed, 0, Stream.ORDER)
-    return HardConcreteGates(method.sections, penalty, seed, device)
+    recipe, sections = method.recipe, method.sections
+    parameters = [sum(p.numel() for p in section.branch_parameters()) for section in sections]
+    names = [section.name for section in sections]
+    costs = relative_costs(recipe.cost, names, parameters, method.branch_flops)
+    return HardConcreteGates(
+        sections,
+        penalties(recipe.strength, costs),
+        derived_seed(recipe.seed, 0, Stream.ORDER),
+        next(method.network.model.parameters()).device,
+    )
 
 
 METHODS: dict[str, Callable[[Setup], Method]] = {
@@ -215,5 +221,8 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     "retrained": lambda setup: Method(setup, selection.as_reference),
 }
 """By name. The last four need the reference."""
+
+GATED = ("stochastic-depth", "stochastic-depth-dense", "l0")
+"""Those with gates that are not the pruner's: drawn once a step, trained without a scaler."""
 
 GIVEN_DEPTH = ("random", "grasp", "scratch", "retrained")

@@ -19,7 +19,7 @@ def section_differences(
     example: Tensor,
     images: PixelImages | FileImages,
     device: torch.device,
-) -> dict[str, list[float]]:
+) -> tuple[float, dict[str, list[float]]]:
     """The mean loss with a section on minus that with it off, in evaluation mode, for each section.
 
     Args:
@@ -29,7 +29,8 @@ def section_differences(
         device: where the network is.
 
     Returns:
-        The difference and its standard error over images, by the section's name.
+        The mean loss with all sections, and by each section's name the difference and its standard
+        error over images.
     """
     sections = find_sections(model, example)
     gates = attach_gates(sections)
@@ -45,7 +46,7 @@ def section_differences(
                 found[section.name] = [float(difference.mean()), error]
     finally:
         detach_gates(sections)
-    return found
+    return float(on.mean()), found
 
 
 def _losses(model: nn.Module, images: PixelImages | FileImages, device: torch.device) -> Tensor:

@@ -14,6 +14,8 @@ from study.targets import targets
 
 PRUNING = (REFERENCE, "taylor", "simultaneous")
 """Methods whose sections leave while they train."""
+JUDGED = (REFERENCE, "dense", "scratch", "random")
+"""Methods of whose sections it is asked what they are worth: the reference's, and controls."""
 NOTHING = "No run of these is there yet."
 
 
@@ -63,11 +65,16 @@ def methods(result: dict) -> str:
         found = groups(result["rows"], task)
         if found:
             rows = [{"group": group} for group in found]
-            parts += [title(result, task), table(_method_columns(found), rows)]
+            planned = len(result["tasks"][task]["seeds"])
+            parts += [title(result, task), table(_method_columns(found, planned), rows)]
     return "\n\n".join(parts) or NOTHING
 
 
-def _method_columns(found: list[Group]) -> dict[str, Column]:
+def _method_columns(found: list[Group], planned: int) -> dict[str, Column]:
+    def seeds(row: dict) -> str:
+        count = len(row["group"].runs)
+        return str(count) if count == planned else f"{count} of {planned}"
+
     def against(method: str) -> Runs:
         runs = [g.runs for g in found if (g.method, g.budget) == (method, EPOCHS)]
         return runs[0] if runs else {}
@@ -86,7 +93,7 @@ def _method_columns(found: list[Group]) -> dict[str, Column]:
     dense = against("dense")
     return {
         "method": lambda row: name(row["group"]),
-        "seeds": lambda row: str(len(row["group"].runs)),
+        "seeds": seeds,
         "accuracy": lambda row: accuracy(row["group"].runs),
         "less `ours`": difference(REFERENCE),
         "less `dense`": difference("dense"),
@@ -123,21 +130,33 @@ def summary(result: dict) -> str:
 
 
 def variations(result: dict) -> str:
-    """Per task that has some, the reference under other settings."""
+    """Per task that has some, the reference under other settings, on the seeds of these."""
     columns = {
         "setting": of("setting", "{}"),
         "seeds": lambda row: str(len(row["runs"])),
         "accuracy": lambda row: accuracy(row["runs"]),
+        "less the task's own": lambda row: (
+            points(paired(row["runs"], row["own"])) if row["runs"] is not row["own"] else ""
+        ),
+        "held-out loss": lambda row: (
+            f"{mean(row['runs'], 'held_out_loss'):.4f} ± {spread(row['runs'], 'held_out_loss'):.4f}"
+            if len(row["runs"]) > 1
+            else f"{mean(row['runs'], 'held_out_loss'):.4f}"
+        ),
         "sections at the start": lambda row: counts(row["runs"], "sections"),
         "sections kept": lambda row: counts(row["runs"]),
         "training FLOPs": lambda row: share(mean(row["runs"], "train_flops")),
     }
     parts = []
     for task, changes in result["variations"].items():
+        varied = {name: select(result["rows"], task, REFERENCE, name) for name in changes}
+        seeds = set().union(*varied.values())
+        own = select(result["rows"], task, REFERENCE)
+        own = {seed: row for seed, row in own.items() if seed in seeds}
         rows = [
-            {"setting": setting or "as the task is", "runs": runs}
-            for setting in ("", *changes)
-            if (runs := select(result["rows"], task, REFERENCE, setting))
+            {"setting": name or "as the task is", "runs": runs, "own": own}
+            for name, runs in ({"": own} | varied).items()
+            if runs
         ]
         if rows:
             parts += [title(result, task), table(columns, rows)]
@@ -181,48 +200,62 @@ def eliminations(result: dict) -> str:
 
 
 def optimality(result: dict) -> str:
-    """Whether the sections that the reference has kept are worth their penalty."""
+    """Whether the sections that networks have at the end are worth their penalty."""
 
     def largest(row: dict) -> str:
-        found = max(row["kept"], key=lambda section: section.excess)
+        found = max(row["left"], key=lambda section: section.excess)
         return f"{found.excess:+.4f} ± {found.error:.4f}"
 
     columns = {
         "task": of("task", "{}"),
-        "kept sections": lambda row: str(len(row["kept"])),
-        "Delta <= -nu": lambda row: str(sum(section.pays for section in row["kept"])),
+        "method": of("method", "`{}`"),
+        "sections": lambda row: str(len(row["left"])),
+        "Delta <= -nu": lambda row: str(sum(section.pays for section in row["left"])),
         "no, within two standard errors": lambda row: str(
-            sum(not (section.pays or section.surely_fails) for section in row["kept"])
+            sum(not (section.pays or section.surely_fails) for section in row["left"])
         ),
-        "no, beyond": lambda row: str(sum(section.surely_fails for section in row["kept"])),
+        "no, beyond": lambda row: str(sum(section.surely_fails for section in row["left"])),
         "largest Delta + nu": largest,
     }
     rows = [
-        {"task": task, "kept": kept}
+        {"task": task, "method": method, "left": left}
         for task in result["tasks"]
-        if (kept := worth.kept(result["rows"], task))
+        for method in JUDGED
+        if (left := worth.left(result["rows"], task, method))
     ]
     return table(columns, rows) if rows else NOTHING
 
 
 def reinsertions(result: dict) -> str:
-    """Whether sections that have left would be worth their penalty."""
+    """Whether sections that are put in with fresh weights come to be worth their penalty."""
+
+    def would_pay(row: dict) -> str:
+        if row["back"].surely_pays:
+            return "**yes**"
+        return "no" if row["back"].surely_fails else "undecided"
+
     columns = {
         "task": of("task", "{}"),
         "section": lambda row: f"`{row['back'].section}`",
+        "was": of("was", "{}"),
         "Delta": lambda row: f"{row['back'].difference:+.4f} ± {row['back'].error:.4f}",
         "-nu": lambda row: f"{-row['back'].penalty:+.4f}",
-        "would pay": lambda row: "**yes**" if row["back"].surely_pays else "no",
+        "would pay": would_pay,
     }
     rows = [
-        {"task": task, "back": back}
+        {"task": task, "back": back, "was": was}
         for task in result["tasks"]
-        for back in worth.put_back(result["rows"], task)
+        for was in ("eliminated", "kept")
+        for back in worth.put_in(result["rows"], task, was == "kept")
     ]
     if not rows:
         return NOTHING
-    pay = sum(row["back"].surely_pays for row in rows)
-    return f"Of {len(rows)} sections put back {pay} would pay.\n\n{table(columns, rows)}"
+    told = []
+    for was in ("eliminated", "kept"):
+        answers = [would_pay(row).strip("*") for row in rows if row["was"] == was]
+        found = ", ".join(f"{answers.count(a)} {a}" for a in ("yes", "undecided", "no"))
+        told.append(f"of {len(answers)} {was} ones: {found}")
+    return f"Would it pay? {'; '.join(told).capitalize()}.\n\n{table(columns, rows)}"
 
 
 def held_to(result: dict) -> str:

@@ -24,11 +24,10 @@ def targets(result: dict) -> list[dict]:
     rows, tasks = result["rows"], list(result["tasks"])
     found = []
     for task in tasks:
-        ours = select(rows, task, REFERENCE)
         for rival in RIVALS:
-            found += _beats(task, ours, rows, rival, FLOPS)
+            found += _beats(task, rows, rival, FLOPS)
         for budget in (EPOCHS, FLOPS):
-            found += _beats(task, ours, rows, SAME_DEPTH, budget)
+            found += _beats(task, rows, SAME_DEPTH, budget)
     for task in tasks:
         if task.endswith(DEEP):
             found += _savings(task, select(rows, task, REFERENCE), select(rows, task, "dense"))
@@ -48,13 +47,15 @@ def points(found: Comparison) -> str:
     return f"{100 * found.mean:+.2f} ({ends}), {found.seeds} seeds"
 
 
-def _beats(task: str, ours: Runs, rows: Sequence[dict], rival: str, budget: str) -> list[dict]:
-    found = paired(ours, select(rows, task, rival, budget=budget))
+def _beats(task: str, rows: Sequence[dict], rival: str, budget: str) -> list[dict]:
+    ours, theirs = select(rows, task, REFERENCE), select(rows, task, rival, budget=budget)
+    found = paired(ours, theirs)
     if found is None:
         return []
     given = "equal operations" if budget == FLOPS else "equal epochs"
     name = f"{task}: accuracy less that of `{rival}` at {given}, points, lower end"
-    return [figure(name, 100 * found.low, ">", 0) | {"reading": points(found)}]
+    spent = f"its FLOPs {ratio(theirs, ours, 'train_flops'):.0%} of these"
+    return [figure(name, 100 * found.low, ">", 0) | {"reading": f"{points(found)}; {spent}"}]
 
 
 def _savings(task: str, ours: Runs, dense: Runs) -> list[dict]:
@@ -90,8 +91,11 @@ def _over_seeds(task: str, ours: Runs) -> list[dict]:
 
 def _over_depths(task: str, rows: Sequence[dict], variations: dict) -> list[dict]:
     kept = {}
-    for setting in ("", *(name for name in variations if name.endswith(" sections"))):
+    varied = [name for name in variations if name.endswith(" sections")]
+    seeds = [select(rows, task, REFERENCE, name).keys() for name in varied]
+    for setting in ("", *varied):
         runs = select(rows, task, REFERENCE, setting)
+        runs = {seed: row for seed, row in runs.items() if all(seed in some for some in seeds)}
         start = next((row["sections"] for row in runs.values()), 0)
         if start in DEPTHS:
             kept[start] = mean(runs, "sections_kept")
@@ -105,7 +109,7 @@ def _over_depths(task: str, rows: Sequence[dict], variations: dict) -> list[dict
 
 def _optimal(task: str, rows: Sequence[dict]) -> list[dict]:
     found = []
-    kept, back = worth.kept(rows, task), worth.put_back(rows, task)
+    kept, back = worth.left(rows, task), worth.put_in(rows, task, kept=False)
     if kept:
         name = f"{task}: kept sections that do not pay, beyond two standard errors"
         fails = sum(section.surely_fails for section in kept)

@@ -49,19 +49,31 @@ class Worth:
         return self.excess - SURE * self.error > 0
 
 
-def kept(rows: Sequence[dict], task: str) -> list[Worth]:
-    """Every section that the reference has kept, over its seeds."""
+def left(rows: Sequence[dict], task: str, method: str = REFERENCE) -> list[Worth]:
+    """Every section that a method's networks have at the end, over its seeds.
+
+    What it must be worth is the reference's penalty.
+    """
+    reference = select(rows, task, REFERENCE)
     return [
-        Worth(name, *row["differences"][name], row["penalties"][name])
-        for row in select(rows, task, REFERENCE).values()
+        Worth(name, *row["differences"][name], reference[seed]["penalties"][name])
+        for seed, row in select(rows, task, method).items()
+        if seed in reference
         for name in row["kept"]
     ]
 
 
-def put_back(rows: Sequence[dict], task: str) -> list[Worth]:
-    """Every section that was eliminated and trained once more."""
+def put_in(rows: Sequence[dict], task: str, kept: bool) -> list[Worth]:
+    """Every section that was put in with fresh weights and trained.
+
+    Args:
+        rows: a study's.
+        task: one of its tasks.
+        kept: those that the reference keeps, or those that it eliminates.
+    """
     return [
         Worth(name, found["difference"], found["error"], found["penalty"])
         for row in select(rows, task, REINSERTION).values()
         for name, found in row["reinserted"].items()
+        if found["kept"] == kept
     ]
