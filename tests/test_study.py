@@ -8,7 +8,7 @@ import pytest
 import torch
 import training
 import yaml
-from study import grid, selection
+from study import grid, reinsertion, selection
 from study.execution import Job, collected, run_all, with_needs
 from study.gating import FixedGates, HardConcreteGates, scale, scaled_layer
 from study.grid import Cell, StudyError
@@ -16,8 +16,7 @@ from study.initialisation import SCHEMES, initialise
 from study.latency import inference_seconds
 from study.methods import GIVEN_DEPTH, METHODS, Setup
 from study.optimality import section_differences
-from study.reinsertion import reinserted
-from study.trial import load_images, run
+from study.trial import load_images, plain_network, run
 from torch import nn
 from torch.nn import functional as F
 
@@ -177,13 +176,21 @@ def test_initialisation_does_not_depend_on_the_layout_of_memory(scheme):
         assert torch.allclose(matrix.T @ matrix, torch.eye(3), atol=1e-5)
 
 
-def test_every_section_is_put_in_once(setup):
-    result = reinserted(*setup)
-    assert set(result["reinserted"]) == set(result["penalties"])
-    kept = {name for name, found in result["reinserted"].items() if found["kept"]}
-    assert kept == set(result["kept"]) and 0 < len(kept)
-    for found in result["reinserted"].values():
-        assert math.isfinite(found["difference"]) and found["error"] >= 0
+def test_every_section_is_put_in_once(setup, monkeypatch):
+    recipe, splits, device = setup[0].recipe, setup[0].splits, setup[0].device
+    trained = plain_network(recipe, splits, device, REFERENCE["kept"])[0].model
+    dense = plain_network(recipe, splits, device, {f"block{s}_{n}" for s in "123" for n in "123"})
+    names = [section.name for section in find_sections(dense[0].model, dense[1])]
+    result = {"kept": REFERENCE["kept"], "penalties": dict.fromkeys(names, 0.1)}
+    monkeypatch.setattr(reinsertion, "run", lambda *_: (result, trained))
+    before = {key: value.clone() for key, value in trained.state_dict().items()}
+    found = reinsertion.reinserted(*setup)["reinserted"]
+    assert list(found) == names and len(names) == 9
+    assert [name for name in names if found[name]["kept"]] == REFERENCE["kept"]
+    for one in found.values():
+        assert math.isfinite(one["difference"]) and one["error"] > 0 and one["penalty"] == 0.1
+    assert len({one["difference"] for one in found.values()}) == 9
+    assert all(torch.equal(before[key], value) for key, value in trained.state_dict().items())
 
 
 def test_times_of_several_networks_are_their_own():
