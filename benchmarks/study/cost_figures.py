@@ -15,7 +15,7 @@ from study.grid import FLOPS, REFERENCE
 from study.looks import LOOKS, panels
 from study.statistics import Group, Runs, groups, mean, ratio, select, spread
 
-MAIN = ("digits-resnet32", "digits-resnet56", "fashion-mlp12", "fashion-resnet20")
+MAIN = ("digits-resnet32", "fashion-mlp12", "fashion-resnet20")
 """Tasks of the overview."""
 FRONT = {"color": INK, "lw": 1.1, "ls": (0, (3, 2)), "zorder": 1}
 
