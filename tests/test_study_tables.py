@@ -233,7 +233,6 @@ def test_figures_of_what_is_there(tmp_path):
     assert plots.written(study(), tmp_path) == []
     found = plots.written(study(row("ours")), tmp_path)  # shares of the dense run's time: none
     assert [path.stem for path in found] == [
-        "study",
         "accuracy-training-flops",
         "sections-left",
         "sections-kept",

@@ -14,9 +14,8 @@ from layerprune.training.report_canvas import INK, MUTED
 from study.grid import FLOPS, REFERENCE
 from study.looks import LOOKS, panels
 from study.statistics import Group, Runs, groups, mean, ratio, select, spread
+from study.targets import RIVALS
 
-MAIN = ("digits-resnet32", "fashion-mlp12", "fashion-resnet20")
-"""Tasks of the overview."""
 FRONT = {"color": INK, "lw": 1.1, "ls": (0, (3, 2)), "zorder": 1}
 
 
@@ -73,8 +72,13 @@ def accuracy_against(
 
 
 def overview(result: dict) -> Figure | None:
-    """The first figure to look at: some tasks, `ours` before the others."""
-    tasks = {task: result["tasks"][task] for task in MAIN if task in result["tasks"]}
+    """The first figure to look at: the tasks that a rival was trained on too."""
+    rows = result["rows"]
+    tasks = {
+        task: told
+        for task, told in result["tasks"].items()
+        if any(select(rows, task, rival) for rival in RIVALS)
+    }
     label = "training FLOPs, of the dense run's"
     return accuracy_against(label, share("train_flops"), result | {"tasks": tasks})
 
