@@ -381,7 +381,9 @@ def test_a_cell_that_fails_is_told_and_hinders_no_other(tmp_path):
         "bad": {"held_out": 100, "recipe": SMALL | {"dataset": "fashion-mnist"}},
         "tiny": {"held_out": 100, "recipe": SMALL},
     }
-    study = grid.load(written(tmp_path, tasks=tasks, methods=["dense"], variations={}))
+    study = grid.load(
+        written(tmp_path, tasks=tasks, methods=["dense"], equal_flops=[], variations={})
+    )
     told = []
     failed = run_all(Job(study, None, tmp_path, "cpu", 1, FACTS), 1, told.append)
     assert failed == [Cell("bad", "dense")] and len(told) == 2

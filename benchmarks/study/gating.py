@@ -173,9 +173,9 @@ def scaled_layer(section: nn.Module) -> nn.Module:
         TypeError: if there is no branch, or what comes after that layer lets no factor through.
     """
     branch = getattr(section, "branch", None)
-    if not isinstance(branch, nn.Sequential):
+    if branch is None:
         raise TypeError(f"no factor can be put into the branch of a {type(section).__name__}")
-    for layer in reversed(branch):
+    for layer in reversed(branch if isinstance(branch, nn.Sequential) else [branch]):
         if isinstance(layer, nn.BatchNorm2d | nn.Linear | nn.Conv2d):
             return layer
         if not isinstance(layer, nn.ReLU | nn.MaxPool2d):
