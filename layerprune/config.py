@@ -62,11 +62,11 @@ class PruneConfig:
     confidence: float = 1.0
     # The attraction rule needs weight decay on all of a branch: not for everyone.
     rule: Literal["test", "attraction"] = "test"
-    # Not varied: theta counts as decided well before it is.
+    # Not varied.
     tolerance: float = 0.02
     # Statisticians' habit; tests/test_elimination.py holds the test to it.
     level: float = 0.05
-    # Not varied: 16 batches at the most, some 2 % of a short run.
+    # Not varied: 16 batches at the most.
     looks: int = 4
     # What batch statistics inside a branch need to be finite, twice.
     min_rows: int = 4

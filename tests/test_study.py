@@ -8,12 +8,11 @@ import pytest
 import torch
 import training
 import yaml
-from study import grid, reinsertion, selection
+from study import grid, latency, reinsertion, selection
 from study.execution import Job, collected, run_all, with_needs
 from study.gating import FixedGates, HardConcreteGates, scale, scaled_layer
 from study.grid import Cell, StudyError
 from study.initialisation import SCHEMES, initialise
-from study.latency import inference_seconds
 from study.methods import GIVEN_DEPTH, METHODS, Setup
 from study.optimality import section_differences
 from study.trial import load_images, plain_network, run
@@ -193,10 +192,24 @@ def test_every_section_is_put_in_once(setup, monkeypatch):
     assert all(torch.equal(before[key], value) for key, value in trained.state_dict().items())
 
 
-def test_times_of_several_networks_are_their_own():
-    slow = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(40)))
-    found = inference_seconds({"a": nn.Identity(), "b": slow}, torch.zeros(16, 8, 16, 16))
-    assert found["a"] < found["b"] and not slow.training
+def test_networks_are_timed_by_turns(monkeypatch):
+    clock, turns = [0.0], []
+
+    class Takes(nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x):
+            assert not self.training
+            turns.append(self.seconds)
+            clock[0] += self.seconds
+            return x
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+    found = latency.inference_seconds({"a": Takes(1.0), "b": Takes(3.0)}, torch.zeros(1))
+    assert found == {"a": 1.0, "b": 3.0}
+    assert turns == [1.0, 3.0] * 17  # two of them not counted
 
 
 def test_differences_are_those_of_removed_sections(setup):
@@ -244,6 +257,15 @@ def test_the_studies_that_are_shipped():
         assert len(cells) == len({cell.file for cell in cells}) >= 30
         for place, cell in enumerate(cells):
             assert all(needed in cells[:place] for needed in cell.needs())
+
+
+def test_the_defaults_are_tried_on_the_small_studys_tasks():
+    small, defaults = grid.load("small"), grid.load("defaults")
+    for name, task in defaults.tasks.items():
+        assert (task.recipe, task.held_out) == (
+            small.tasks[name].recipe,
+            small.tasks[name].held_out,
+        )
 
 
 def test_a_task_may_have_methods_and_seeds_of_its_own(tmp_path):

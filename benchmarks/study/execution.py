@@ -205,18 +205,17 @@ def _inference_seconds(job: Job, cells: list[Cell], rows: list[dict]) -> dict[Ce
     """Of every cell's plain network; those of a task that have the same shape are one."""
     device, found = pick_device(job.device), {}
     for task in job.study.tasks:
-        shapes, networks = {}, {}
-        for cell, row in zip(cells, rows, strict=True):
-            if cell.task != task:
-                continue
-            chosen, _ = job.study.recipe_of(cell)
-            shapes[cell] = (chosen.model, repr(chosen.model_args), *row["kept"])
-            if shapes[cell] not in networks:
-                splits, _ = job.images(cell)
-                network, _ = plain_network(chosen, splits, device, row["kept"])
-                networks[shapes[cell]] = network.model
-        if not shapes:
+        kept = {c: row["kept"] for c, row in zip(cells, rows, strict=True) if c.task == task}
+        if not kept:
             continue
+        splits, _ = job.images(next(iter(kept)))
+        shapes, networks = {}, {}
+        for cell, names in kept.items():
+            chosen, _ = job.study.recipe_of(cell)
+            shapes[cell] = (chosen.model, repr(chosen.model_args), *names)
+            if shapes[cell] not in networks:
+                network, _ = plain_network(chosen, splits, device, names)
+                networks[shapes[cell]] = network.model
         layout = torch.channels_last if chosen.channels_last else torch.preserve_format
         images, _ = next(iter(test_loader(splits, BATCH)))
         seconds = inference_seconds(networks, images.to(device, memory_format=layout))

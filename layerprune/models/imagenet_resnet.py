@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from layerprune.models._checks import check_at_least
+from layerprune.models.torchvision_resnet import torchvision_resnet
 
 __all__ = ["imagenet_resnet"]
 
@@ -28,10 +29,8 @@ def imagenet_resnet(
         ValueError: An argument is out of its range.
         ModuleNotFoundError: torchvision is not installed.
     """
-    from torchvision import models
-
     name = f"resnet{depth}"
-    check_at_least(name, num_classes=(num_classes, 1), image_size=(image_size, 32))
+    check_at_least(name, image_size=(image_size, 32))
     if in_channels != 3:
         raise ValueError(f"{name} takes images of 3 channels, got in_channels {in_channels}")
-    return models.get_model(name, weights=None, num_classes=num_classes)
+    return torchvision_resnet(name, num_classes=num_classes)
