@@ -13,6 +13,7 @@ from layerprune.training import recipe
 from layerprune.training.recipe import Recipe
 from study.initialisation import SCHEMES
 from study.methods import GATED, GIVEN_DEPTH, METHODS
+from study.validation import StudyError, check_study, settings_of
 
 FOLDER = Path(__file__).resolve().parent
 REFERENCE = "ours"
@@ -21,10 +22,6 @@ REINSERTION = "reinsertion"
 
 EPOCHS, FLOPS = "epochs", "flops"
 """What a run is given as much of as another: the recipe's epochs, or the reference's operations."""
-
-
-class StudyError(ValueError):
-    """A study or an option is not as it must be; the message says what and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +152,9 @@ def load(
         given = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise StudyError(f"{path} is no YAML: {error}") from error
-    _check(path, given)
+    check_study(path, given)
     chosen = _chosen("task", tasks, given["tasks"])
-    there = {method for name in given["tasks"] for method in _settings(given, name)["methods"]}
+    there = {method for name in given["tasks"] for method in settings_of(given, name)["methods"]}
     wanted = _chosen("method", methods, [name for name in METHODS if name in there])
     unknown = set(datasets or ()) - {
         task["recipe"].get("dataset") for task in given["tasks"].values()
@@ -181,50 +178,6 @@ def load(
     return study
 
 
-_KEYS = {"seeds", "methods", "equal_flops", "tasks", "variations", "reinsertions"}
-_TASK_KEYS = {"recipe", "held_out", "seeds", "methods", "equal_flops"}
-
-
-def _check(path: Path, given: Any) -> None:
-    """Refuses a study that lacks something, or has what nobody reads."""
-
-    def check(is_right: bool, what: str) -> None:
-        if not is_right:
-            raise StudyError(f"{path}: {what}")
-
-    check(isinstance(given, dict), "a study is a mapping")
-    missing = {"seeds", "methods", "tasks"} - set(given)
-    check(not missing, f"it lacks {', '.join(sorted(missing))}")
-    check(given.keys() <= _KEYS, f"unknown {', '.join(sorted(map(str, given.keys() - _KEYS)))}")
-    check(isinstance(given["tasks"], dict), "tasks is a mapping from names to tasks")
-    for name, task in given["tasks"].items():
-        check(isinstance(task, dict), f"task {name} is a mapping")
-        missing = {"recipe", "held_out"} - set(task)
-        check(not missing, f"task {name} lacks {', '.join(sorted(missing))}")
-        unknown = task.keys() - _TASK_KEYS
-        check(not unknown, f"task {name}: unknown {', '.join(sorted(map(str, unknown)))}")
-        whole = _settings(given, name)
-        seeds, held_out = whole["seeds"], whole["held_out"]
-        numbers = isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)
-        check(bool(numbers), f"task {name}: seeds is a list of at least one number, got {seeds!r}")
-        check(
-            type(held_out) is int and held_out >= 2,
-            f"task {name}: held_out is a number of images of at least 2, got {held_out!r}",
-        )
-        unknown = set(whole["methods"]) - METHODS.keys()
-        check(not unknown, f"unknown method {', '.join(sorted(unknown))}")
-        unknown = set(whole.get("equal_flops", ())) - set(whole["methods"])
-        check(not unknown, f"task {name}: equal_flops are methods of it, got {unknown}")
-    for key in ("variations", "reinsertions"):
-        unknown = set(given.get(key, ())) - given["tasks"].keys()
-        check(not unknown, f"{key} of unknown tasks: {', '.join(sorted(unknown))}")
-
-
-def _settings(study: dict, name: str) -> dict:
-    """What a task says, and what it does not, the study."""
-    return study | study["tasks"][name]
-
-
 def _task(
     name: str,
     study: dict,
@@ -232,7 +185,7 @@ def _task(
     seeds: Iterable[int] | None,
     datasets: dict[str, str],
 ) -> Task:
-    given = _settings(study, name)
+    given = settings_of(study, name)
     settings = {"name": name, **given["recipe"]}
     settings["dataset"] = datasets.get(settings["dataset"], settings["dataset"])
     return Task(
