@@ -88,7 +88,7 @@ def target(original, tmp_path):
 
 
 @contextlib.contextmanager
-def guarded(seconds=5, headroom=256 * MIB):
+def guarded(seconds=60, headroom=256 * MIB):
     """Fails on a hang, and makes an allocation beyond the headroom a MemoryError."""
 
     def late(*arguments):
