@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import compress
 
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from layerprune.cost import Inputs, as_call, evaluating
+from layerprune.depth import number_caches
 from layerprune.sections import Section, find_sections
+from layerprune.sections.branch import PassThrough
 from layerprune.sections.discovery import adapter_of, forward_order
 
 _NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
@@ -69,12 +70,11 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def branch_keys(model: nn.Module, sections: Sequence[Section]) -> set[str]:
     """Keys of a model's `state_dict` that go with sections, wherever these stand in it."""
-    modules = {id(section.module): section for section in sections}
+    gone = {id(module): keys for s in sections for module, keys in s.branch_tensors()}
     return {
-        key
+        f"{name}.{key}"
         for name, module in model.named_modules(remove_duplicate=False)
-        if id(module) in modules
-        for key in replace(modules[id(module)], name=name).branch_keys()
+        for key in gone.get(id(module), ())
     }
 
 
@@ -94,20 +94,36 @@ def remove_sections(
     """
     before = {id(p) for p in model.parameters()}
     for section in sections:
-        module = section.module
-        places = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
-        nonnegative = all(_nonnegative_input(model, place) for place in places)
-        remainder = section.adapter.remainder(module, nonnegative)
-        old = set(module.modules())
-        for part in remainder.modules():
-            if part not in old:
-                part.training = module.training
-        for place in places:
-            path, _, key = place.rpartition(".")
-            setattr(model.get_submodule(path), key, remainder)
+        nonnegative = all(_nonnegative_input(model, n) for n in _places(model, section.module))
+        for module, remainder in section.remainders(nonnegative):
+            _replace(model, module, remainder)
+    for section in sections:
+        for module, remainder in section.emptied():
+            _replace(model, module, remainder)
+    number_caches(model)
     gone = before - {id(p) for p in model.parameters()}
     for optimizer in optimizers:
         _forget(optimizer, gone)
+
+
+def _places(model: nn.Module, module: nn.Module) -> list[str]:
+    return [name for name, each in model.named_modules(remove_duplicate=False) if each is module]
+
+
+def _replace(model: nn.Module, module: nn.Module, remainder: nn.Module) -> None:
+    """Puts what is left of a module into its place, or places."""
+    old = set(module.modules())
+    for part in remainder.modules():
+        if part not in old:
+            part.training = module.training
+    if isinstance(remainder, PassThrough):
+        # Whoever calls the module may look at it, as transformers' models do at a layer's kind.
+        for name, value in vars(module).items():
+            if isinstance(value, str | int | float) and not hasattr(remainder, name):
+                setattr(remainder, name, value)
+    for place in _places(model, module):
+        path, _, key = place.rpartition(".")
+        setattr(model.get_submodule(path), key, remainder)
 
 
 def eliminate_sections(model: nn.Module, names: Iterable[str], example_inputs: Inputs) -> nn.Module:

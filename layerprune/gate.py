@@ -87,8 +87,12 @@ class Gate:
     def __reduce__(self) -> tuple:
         return Gate, (self.name,)
 
-    def current(self, training: bool, batch_size: int) -> SectionDraw | bool:
+    def current(self, training: bool, batch_size: int | None) -> SectionDraw | bool:
         """The draw to apply, or True for an open and False for a closed gate.
+
+        Args:
+            training: whether the section is in training mode.
+            batch_size: rows of its input; None where they cannot be told.
 
         Raises:
             RuntimeError: if the draw was made for another batch size, or cannot be told in a
@@ -101,7 +105,7 @@ class Gate:
             return self.is_open
         if isinstance(draw, bool):
             return draw
-        if draw.gate.shape[0] != batch_size:
+        if batch_size is not None and draw.gate.shape[0] != batch_size:
             raise RuntimeError(
                 f"section {self.name!r} got {batch_size} rows but the gates were drawn for "
                 f"{draw.gate.shape[0]}: its input's first dimension is not the model's batch "

@@ -16,7 +16,7 @@ class SectionInfo:
 
     Attributes:
         name: the module's qualified name.
-        kind: ``"residual"``, ``"twin"`` or ``"opaque"``.
+        kind: ``"residual"``, ``"twin"``, ``"opaque"`` or ``"branch"``.
         theta: keep probability.
         cost: cost by which its penalty was set, in units of the mean section's.
         penalty: nu, the loss difference that the section must be worth.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from torch import nn
 from torch.optim import Optimizer
@@ -45,14 +44,14 @@ class Network:
         """Gives each section its gate, and the average's sections the gates that follow those."""
         for (_, sections), given in zip(self._parts, (gates, followers), strict=False):
             for section, gate in zip(sections, given, strict=True):
-                section.adapter.attach(section.module, gate)
+                section.attach(gate)
 
     def detach(self, indices: Iterable[int]) -> None:
         """Takes the gates off some sections."""
         chosen = list(indices)
         for _, sections in self._parts:
             for index in chosen:
-                sections[index].adapter.detach(sections[index].module)
+                sections[index].detach()
 
     def remove(self, indices: Iterable[int], optimizers: Sequence[Optimizer] = ()) -> None:
         """Removes some sections, without their gates by now; see `remove_sections`."""
@@ -61,8 +60,7 @@ class Network:
             held = optimizers if model is self.model else ()
             remove_sections(model, [sections[index] for index in chosen], held)
             for index in chosen:  # what left is to be freed
-                left = model.get_submodule(sections[index].name)
-                sections[index] = replace(sections[index], module=left)
+                sections[index] = sections[index].in_model(model)
 
     def renumber(self, indices: Iterable[int]) -> None:
         """Closes the gaps that removed sections left; see `renumber.renumber`."""
@@ -97,4 +95,4 @@ def _averaged(
                 f"ema is an average of another model: it has no section {section.name!r} like the "
                 "model's"
             )
-    return ema.module, [replace(section, module=there[section.name]) for section in sections]
+    return ema.module, [section.in_model(ema.module) for section in sections]

@@ -15,6 +15,7 @@ from layerprune.compaction import branch_keys, check_optimizer
 from layerprune.config import Phase, PruneConfig, Schedule
 from layerprune.cost import Inputs, evaluating, forward_flops, relative_costs
 from layerprune.decisions import apply_verdict, attracted, check_decay, round_by_theta
+from layerprune.depth import note_eliminated
 from layerprune.difference import measured_difference
 from layerprune.evidence import PendingEvidence, StepEvidence
 from layerprune.forwards import Forwards
@@ -104,7 +105,7 @@ class LayerPruner:
                 "GatedResidual, or pass `sections`"
             )
         for section in found:
-            if section.adapter.is_gated(section.module):
+            if section.is_gated:
                 raise ValueError(
                     f"section {section.name!r} already has a pruner: call its strip() first"
                 )
@@ -365,6 +366,8 @@ class LayerPruner:
         if not self._stripped:
             self._settle_open()
             self._stripped = True
+            gone = [run.sections[index].name for index in run.where("eliminated")]
+            note_eliminated(self.model, gone, {section.name for section in run.sections})
         if renumber and not self.renumbered:
             self._network.renumber(run.where("eliminated"))
             self.renumbered = True
@@ -392,13 +395,7 @@ class LayerPruner:
         """
         return {
             "sections": [
-                {
-                    "name": info.name,
-                    "kind": info.kind,
-                    "several_arguments": section.adapter.several_arguments,
-                    "theta": info.theta,
-                    "status": info.status,
-                }
+                {**section.description(), "theta": info.theta, "status": info.status}
                 for info, section in zip(self.sections, self._run.sections, strict=True)
             ],
             "eliminated": [info.name for info in self.sections if info.status == "eliminated"],

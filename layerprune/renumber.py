@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from layerprune.sections.opaque import PassThrough
+from layerprune.depth import rename_eliminated, shrink_config
+from layerprune.sections.branch import PassThrough
 
 
 def renumber(model: nn.Module, eliminated: Iterable[str]) -> nn.Module:
@@ -20,7 +21,8 @@ def renumber(model: nn.Module, eliminated: Iterable[str]) -> nn.Module:
     Only names change. An optimizer goes on as it is, except that the names which it was given in
     place of bare parameters are the old ones; a copy of the model, such as an averaged one, keeps
     its names unless it is renumbered too. The model must not go through a container by number: a
-    forward that combines ``layers[3]`` with a fourth something else would combine others now.
+    forward that combines ``layers[3]`` with a fourth something else would combine others now. A
+    configuration of transformers gets the new depth, so that it builds a model with these names.
 
     Args:
         model: a model that has lost sections, changed in place.
@@ -33,22 +35,41 @@ def renumber(model: nn.Module, eliminated: Iterable[str]) -> nn.Module:
         ValueError: if the model has no module of such a name.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = list(eliminated)
-    unknown = [name for name in names if name not in modules]
-    if unknown:
-        raise ValueError(
-            f"the model has no module {unknown[0]!r}: give the names from before any renumbering, "
-            "and renumber once"
-        )
     # A section used in several places left the same remainder in each.
-    empty = {modules[name] for name in names if type(modules[name]) in (nn.Identity, PassThrough)}
-    for container in set(modules.values()):
-        if not isinstance(container, (nn.Sequential, nn.ModuleList)):
+    empty = {_left_of(name, modules) for name in eliminated}
+    shrunk = {}
+    for path, container in modules.items():
+        if container in shrunk or not isinstance(container, (nn.Sequential, nn.ModuleList)):
             continue
         children = list(container._modules.items())
         if [key for key, _ in children] != [str(index) for index in range(len(children))]:
             continue
-        for index in reversed(range(len(children))):
-            if children[index][1] in empty:
+        kept = [index for index, (_, child) in enumerate(children) if child not in empty]
+        if len(kept) < len(children):
+            shrunk[container] = kept
+            shrink_config(model, path, kept, len(children))
+    for container, kept in shrunk.items():
+        for index in reversed(range(len(container))):
+            if index not in kept:
                 del container[index]
+    rename_eliminated(model, modules)
     return model
+
+
+def _left_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """What stands in an eliminated section's place, if it does nothing.
+
+    A branch's place may have gone with its block, which has nothing else left.
+    """
+    place = name
+    while place not in modules and "." in place:
+        place = place.rpartition(".")[0]
+    module = modules.get(place)
+    if place != name and not isinstance(module, nn.Identity | PassThrough):
+        module = None
+    if module is None:
+        raise ValueError(
+            f"the model has no module {name!r}: give the names from before any renumbering, "
+            "and renumber once"
+        )
+    return module if type(module) in (nn.Identity, PassThrough) else None

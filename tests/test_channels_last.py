@@ -83,7 +83,7 @@ def test_layouts_of_a_run_and_of_what_it_leaves(make):
         if section.name in gone:
             gate = Gate(section.name)
             gate.is_open = False
-            section.adapter.attach(section.module, gate)
+            section.attach(gate)
     assert not dense.load_state_dict(compacted.state_dict(), strict=False).unexpected_keys
     assert verify(dense, compacted, [x]) == 0.0
     for module in compacted.modules():

@@ -132,7 +132,7 @@ def _gated(model, example, names):
     for section in find_sections(model, example):
         gate = Gate(section.name)
         gate.is_open = section.name not in names
-        section.adapter.attach(section.module, gate)
+        section.attach(gate)
     return model
 
 

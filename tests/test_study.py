@@ -62,7 +62,7 @@ def test_every_method_trains_and_leaves_a_plain_network(setup, method):
     }
     left = find_sections(model, torch.zeros(2, 1, 8, 8))
     assert [section.name for section in left] == result["kept"] == list(result["differences"])
-    assert not any(section.adapter.is_gated(section.module) for section in left)
+    assert not any(section.is_gated for section in left)
     assert result["sections"] == 9 and 0 < result["train_flops"] <= 1
     if method in GIVEN_DEPTH:
         assert result["sections_kept"] == 4

@@ -22,14 +22,14 @@ def attach_gates(sections: Sequence[Section]) -> list[Gate]:
     gates = [Gate(section.name) for section in sections]
     for section, gate in zip(sections, gates, strict=True):
         gate.owned = True
-        section.adapter.attach(section.module, gate)
+        section.attach(gate)
     return gates
 
 
 def detach_gates(sections: Sequence[Section]) -> None:
     """Leaves the sections plain."""
     for section in sections:
-        section.adapter.detach(section.module)
+        section.detach()
 
 
 class FixedGates:

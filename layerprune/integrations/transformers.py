@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from layerprune.cost import Inputs
-from layerprune.info import absent
+from layerprune.depth import note_eliminated
 from layerprune.integrations.steps import StepFollower, check_options, metrics
 from layerprune.integrations.trainer_checkpoints import load_weights, newest, read, save
 from layerprune.integrations.transformers_support import check_supported, first_rows
@@ -200,7 +200,6 @@ class LayerPruningCallback(TrainerCallback):
         self._steps = None
         self.pruner.strip()
         self._stripped = True
-        self._note(model, absent(self.pruner.structure()))
 
     def _make(
         self, model: nn.Module, args: TrainingArguments, loader: DataLoader, state: Mapping
@@ -216,11 +215,4 @@ class LayerPruningCallback(TrainerCallback):
             self.pruner.load_state_dict(state)
 
     def _note(self, model: nn.Module, eliminated: list[str]) -> None:
-        """Names in the model's configuration what it has lost, in this run and in earlier ones."""
-        if hasattr(model, "config"):
-            known = {info.name for info in self.pruner.sections}
-            earlier = getattr(model.config, "layerprune_eliminated", [])
-            model.config.layerprune_eliminated = [
-                *(name for name in earlier if name not in known),
-                *eliminated,
-            ]
+        note_eliminated(model, eliminated, {info.name for info in self.pruner.sections})

@@ -43,7 +43,7 @@ def residual_forward(
     straight = rest if shortcut is None else shortcut(rest)
     fused = activation if isinstance(activation, str) else None
     y = ops.gated_residual(
-        straight, branch(rows), _graded(draw), slot, fused, gate_grad_rows=draw.probes
+        straight, branch(rows), graded(draw), slot, fused, gate_grad_rows=draw.probes
     )
     return y if fused == activation else activate(y, activation)
 
@@ -62,28 +62,61 @@ def opaque_forward(
         return whole(x, *args, **kwargs) if draw else x
     if draw.runs_whole():
         y = whole(x, *args, **kwargs)
-        return ops.gated_residual(x, y, _graded(draw), form="lerp", gate_grad_rows=draw.probes)
+        return ops.gated_residual(x, y, graded(draw), form="lerp", gate_grad_rows=draw.probes)
     given = {**dict(enumerate(args, start=1)), **kwargs}
-    for key, value in given.items():
-        # What the batch brings may be there in one batch and None in another.
-        if not isinstance(value, Tensor) or key in shared:
-            continue
-        if key in batched:
-            given[key] = value[draw.rows]
-        elif value.dim() > 0 and value.shape[0] == x.shape[0]:
-            raise RuntimeError(
-                f"a section is called with a tensor of as many rows as its argument {key!r}, and "
-                "had none with example_inputs: give the pruner inputs like those of training"
-            )
+    given = running_rows(given, draw, batched, shared)
     args = [given.pop(position) for position in range(1, len(args) + 1)]
     rows, rest = ops.take_rows(x, draw.rows, exclusive=True)
     y = whole(rows, *args, **given)
     return ops.gated_residual(
-        rest, y, _graded(draw), draw.slot, form="lerp", gate_grad_rows=draw.probes
+        rest, y, graded(draw), draw.slot, form="lerp", gate_grad_rows=draw.probes
     )
 
 
-def _graded(draw: SectionDraw) -> Tensor:
+def running_rows(
+    given: dict, draw: SectionDraw, batched: frozenset, shared: frozenset
+) -> dict[int | str, object]:
+    """The running rows of what a module is called with besides its input.
+
+    Args:
+        given: by position or name.
+        draw: tells the rows.
+        batched: where the tensors are that carry the batch; in a container at (key, place).
+        shared: where those are that do not.
+
+    Raises:
+        RuntimeError: for a tensor of neither, with as many rows as the batch.
+    """
+    return {key: _rows_of(value, key, draw, batched, shared) for key, value in given.items()}
+
+
+def _rows_of(
+    value: object, path: object, draw: SectionDraw, batched: frozenset, shared: frozenset
+) -> object:
+    if isinstance(value, Tensor):
+        # What the batch brings may be there in one batch and None in another.
+        if path in shared:
+            return value
+        if path in batched:
+            return value[draw.rows]
+        if value.dim() > 0 and value.shape[0] == draw.gate.shape[0]:
+            raise RuntimeError(
+                f"a section is called with a tensor of as many rows as its argument {path!r}, and "
+                "had none with example_inputs: give the pruner inputs like those of training"
+            )
+    elif type(value) in (tuple, list):
+        return type(value)(
+            _rows_of(each, (path, place), draw, batched, shared) for place, each in enumerate(value)
+        )
+    elif type(value) is dict:
+        return {
+            place: _rows_of(each, (path, place), draw, batched, shared)
+            for place, each in value.items()
+        }
+    return value
+
+
+def graded(draw: SectionDraw) -> Tensor:
     """The gates, without a gradient where no row's is wanted.
 
     A compiler is not told: it would compile that case apart.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import nn
@@ -14,11 +14,13 @@ from layerprune.sections.residual import GATE_ATTRIBUTE, GatedResidual
 class Adapter(Protocol):
     """How one kind of section is gated, ungated and removed.
 
-    ``several_arguments``: whether the module is called with more than its input.
+    ``several_arguments``: whether the module is called with more than its input. ``width``: how
+    many elements the tuple has whose first one is its output; None for a bare tensor.
     """
 
     kind: str
     several_arguments: bool
+    width: int | None
 
     def attach(self, module: nn.Module, gate: Gate) -> None:
         """Makes the module draw on ``gate``."""
@@ -46,25 +48,60 @@ class Section:
     Attributes:
         name: the module's qualified name.
         module: the module; the model's own object.
-        adapter: how its kind is gated and removed.
+        adapter: how its kind is gated and removed; None where it has methods of its own for that.
     """
 
     name: str
     module: nn.Module
-    adapter: Adapter
+    adapter: Adapter | None
 
     @property
     def kind(self) -> str:
-        """``"residual"``, ``"twin"`` or ``"opaque"``."""
+        """``"residual"``, ``"twin"``, ``"opaque"`` or ``"branch"``."""
         return self.adapter.kind
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether a pruner's gate is attached."""
+        return self.adapter.is_gated(self.module)
+
+    def attach(self, gate: Gate) -> None:
+        """Makes the section draw on a gate."""
+        self.adapter.attach(self.module, gate)
+
+    def detach(self) -> None:
+        """Leaves the section's modules as they were before `attach`."""
+        self.adapter.detach(self.module)
+
+    def remainders(self, nonnegative_input: bool) -> list[tuple[nn.Module, nn.Module]]:
+        """Modules that go with the branch, and what stands in the place of each."""
+        return [(self.module, self.adapter.remainder(self.module, nonnegative_input))]
+
+    def emptied(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Modules around it that do nothing now that it is removed, and what stands for each."""
+        return []
+
+    def in_model(self, model: nn.Module) -> Section:
+        """The section of the same name in a model with the same modules, or what is left of it."""
+        return replace(self, module=model.get_submodule(self.name))
+
+    def description(self) -> dict[str, object]:
+        """What `structure.json` has to say for the section to be found without a forward."""
+        width = self.adapter.width
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "several_arguments": self.adapter.several_arguments,
+            **({} if width is None else {"width": width}),
+        }
 
     def branch_parameters(self) -> list[nn.Parameter]:
         """The parameters that go when the branch goes."""
         return [p for name, p in self.module.named_parameters() if self._in_branch(name)]
 
-    def branch_keys(self) -> set[str]:
-        """The keys of the model's `state_dict` that go when the branch goes."""
-        return {f"{self.name}.{key}" for key in self.module.state_dict() if self._in_branch(key)}
+    def branch_tensors(self) -> list[tuple[nn.Module, list[str]]]:
+        """Modules, and the keys of each one's `state_dict` that go when the branch goes."""
+        return [(self.module, [key for key in self.module.state_dict() if self._in_branch(key)])]
 
     def _in_branch(self, name: str) -> bool:
         return name.partition(".")[0] not in self.adapter.kept(self.module)
@@ -80,6 +117,7 @@ class ResidualAdapter:
 
     kind = "residual"
     several_arguments = False
+    width = None
 
     def attach(self, module: GatedResidual, gate: Gate) -> None:
         """See `Adapter`."""

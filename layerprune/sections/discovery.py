@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
-from layerprune.cost import Inputs, batch_size_of, batch_tensors, dry_run
+from layerprune.cost import Inputs
 from layerprune.sections.base import Adapter, ResidualAdapter, Section
-from layerprune.sections.opaque import OpaqueAdapter
+from layerprune.sections.blocks import (
+    NotGated,
+    ResidualBlock,
+    branch_section,
+    opaque_section,
+    residual_blocks,
+)
 from layerprune.sections.residual import GatedResidual
+from layerprune.sections.residuals import NoBranch
+from layerprune.sections.trace import Trace, record
+from layerprune.sections.trial import failure
 
 Ignored = Iterable[nn.Module | type[nn.Module] | str]
 
@@ -53,24 +62,21 @@ def adapter_of(module: nn.Module) -> Adapter | None:
     return _known_blocks().get(type(module))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Shapes of one module's call: by position or name, and of its result.
+@dataclass
+class Survey:
+    """What of a model can be gated, and what cannot.
 
-    Arguments that are no tensors have no shape, and count.
+    Attributes:
+        sections: in the order of ``model.named_modules()``.
+        left_out: residual blocks, and branches of them, without a gate: the reason by name.
     """
 
-    arguments: dict[int | str, tuple[int, ...]]
-    result: tuple[int, ...] | None
-    count: int
+    sections: list[Section] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def find_sections(model: nn.Module, example_inputs: Inputs, ignored: Ignored = ()) -> list[Section]:
-    """Finds what can be gated: `GatedResidual`s, known blocks, and opaque blocks.
-
-    An opaque block is an element of a `Sequential` or `ModuleList`, made of several modules, with
-    weights, whose output has its input's shape. Which of its arguments carry the batch is found by
-    two forwards of fake tensors, with B and B + 1 rows.
+    """Finds what can be gated; `survey` also tells what cannot.
 
     Args:
         model: any module; left as it is.
@@ -85,38 +91,197 @@ def find_sections(model: nn.Module, example_inputs: Inputs, ignored: Ignored = (
     Raises:
         ValueError: if the model does not run with ``example_inputs``.
     """
+    return survey(model, example_inputs, ignored).sections
+
+
+def survey(model: nn.Module, example_inputs: Inputs, ignored: Ignored = ()) -> Survey:
+    """Finds what can be gated: `GatedResidual`s, known blocks, and what a forward shows.
+
+    Two forwards of fake tensors, with B rows and with more, show what is added to what. A block
+    with several branches that are each a chain of modules, such as attention and MLP, has a section
+    for each (``"branch"``); another block whose output has its input's shape is one as a whole
+    (``"opaque"``). In a model without any residual connection the elements of its ``Sequential``s
+    and ``ModuleList``s are taken for blocks, where they have weights and leave the shape as it is.
+
+    Args:
+        model: as in `find_sections`.
+        example_inputs: as in `find_sections`.
+        ignored: as in `find_sections`; a block that is ignored has no section inside.
+
+    Raises:
+        ValueError: if the model does not run with ``example_inputs``.
+    """
     ignored = (ignored,) if isinstance(ignored, str) else tuple(ignored)
+    known = _known_sections(model, ignored)
+    trace, wider, resized = record(model, example_inputs)
+    search = _Search(model, ignored, trace, wider, [section.name for section in known])
+    choices = search.residual_choices()
+    if not (known or choices):
+        choices = search.plain_choices()
+    found = Survey(known, search.left_out)
+    found.sections += _that_run(
+        choices, found.left_out, lambda tried: failure(model, example_inputs, resized, wider, tried)
+    )
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    found.sections.sort(key=lambda section: order[section.name])
+    return found
+
+
+def _known_sections(model: nn.Module, ignored: tuple) -> list[Section]:
     sections: list[Section] = []
-    taken: list[str] = []
-    seen: set[nn.Module] = set()
     for name, module in model.named_modules():
         adapter = adapter_of(module)
-        if (
-            adapter is None
-            or not name
-            or _is_ignored(name, module, ignored)
-            or _inside(name, taken)
-        ):
+        if adapter is None or not name or _is_ignored(name, module, ignored):
             continue
-        seen.add(module)
-        taken.append(name)
-        sections.append(Section(name, module, adapter))
-    calls = _recorded_calls(model, example_inputs)
-    candidates = [
-        (name, module)
-        for name, module in _stack_elements(model)
-        if module not in seen and not _is_ignored(name, module, ignored)
-    ]
-    # A block before a plain sequence of blocks: the sequence is more likely a stage.
-    candidates.sort(key=lambda pair: isinstance(pair[1], nn.Sequential))
-    for name, module in candidates:
-        adapter = _opaque_adapter(module, calls.get(name, []))
-        overlapping = _inside(name, taken) or any(other.startswith(f"{name}.") for other in taken)
-        if adapter is not None and not overlapping:
-            taken.append(name)
+        if not _inside(name, [section.name for section in sections]):
             sections.append(Section(name, module, adapter))
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    return sorted(sections, key=lambda section: order[section.name])
+    return sections
+
+
+@dataclass
+class _Choice:
+    """What to make of one block: the first of its candidates with which the model runs.
+
+    Attributes:
+        name: the block's.
+        kind: its class: what runs for one runs for all.
+        candidates: lists of sections.
+    """
+
+    name: str
+    kind: type
+    candidates: list[list[Section]]
+
+
+class _Search:
+    """Makes sections of what a trace shows.
+
+    Args:
+        model: the model.
+        ignored: what to leave ungated.
+        trace: its forward.
+        wider: the same with some rows more.
+        taken: names of the sections known without.
+
+    Attributes:
+        left_out: the reason, by name of the block.
+    """
+
+    def __init__(
+        self, model: nn.Module, ignored: tuple, trace: Trace, wider: Trace, taken: list[str]
+    ) -> None:
+        self.left_out: dict[str, str] = {}
+        self._ignored, self._trace, self._wider, self._taken = ignored, trace, wider, taken
+        self._stacked = dict(_stack_elements(model))
+        self._looked_into = _looked_into(model)
+
+    def residual_choices(self) -> list[_Choice]:
+        """Of the blocks that add something to what they are given."""
+        choices: list[_Choice] = []
+        blocks = residual_blocks(self._trace, self._stacked, self._taken)
+        # The inner one of nested blocks comes first.
+        for block in sorted(blocks, key=lambda b: math.inf if b.call is None else b.call.end):
+            call = block.call
+            name = "" if call is None else call.name
+            there = [*self._taken, *(choice.name for choice in choices)]
+            if name in there or _inside(name, there):
+                continue
+            if call is not None and _is_ignored(name, call.module, self._ignored):
+                continue
+            reasons = [str(found) for found in block.found if isinstance(found, NoBranch)]
+            if name in self._looked_into:
+                self.left_out[name] = "torch's own forward looks into the first layer"
+                continue
+            parts, whole = self._parts(block, there, reasons), self._whole(block, there, reasons)
+            candidates = [whole, parts]
+            if len(parts) > 1 and block.is_covered:
+                candidates = [parts, whole]
+            candidates = [candidate for candidate in candidates if candidate]
+            if candidates:
+                choices.append(_Choice(name, type(call and call.module), candidates))
+            if reasons and not (whole or parts and block.is_covered):
+                self.left_out[name] = reasons[0]
+        return choices
+
+    def plain_choices(self) -> list[_Choice]:
+        """Of stacked blocks, in a model without residual connections."""
+        choices: list[_Choice] = []
+        # A block before a plain sequence of blocks: the sequence is more likely a stage.
+        elements = sorted(self._stacked.items(), key=lambda e: isinstance(e[1], nn.Sequential))
+        for name, module in elements:
+            names = [choice.name for choice in choices]
+            nested = _inside(name, names) or any(_inside(other, [name]) for other in names)
+            if nested or name not in self._trace.calls or _is_ignored(name, module, self._ignored):
+                continue
+            if name in self._looked_into:
+                continue
+            try:
+                section = opaque_section(self._trace.calls[name][0], self._trace, self._wider)
+            except NotGated:
+                continue
+            choices.append(_Choice(name, type(module), [[section]]))
+        return choices
+
+    def _whole(self, block: ResidualBlock, there: list[str], reasons: list[str]) -> list[Section]:
+        call = block.call
+        if call is None:
+            return []
+        if call.name not in self._stacked and not block.is_covered:
+            return []  # it may be any part of a model
+        try:
+            if any(_inside(name, [call.name]) for name in there):
+                raise NotGated("it holds other sections")
+            return [opaque_section(call, self._trace, self._wider)]
+        except NotGated as why:
+            reasons.append(str(why))
+            return []
+
+    def _parts(self, block: ResidualBlock, there: list[str], reasons: list[str]) -> list[Section]:
+        sections = []
+        for branch in block.branches:
+            try:
+                section = branch_section(branch, block, self._trace, self._wider)
+            except NotGated as why:
+                reasons.append(str(why))
+                continue
+            names = [link.name for link in section.links]
+            if any(
+                _inside(name, names) or _inside(link, [name]) for name in there for link in names
+            ):
+                reasons.append("its branch holds other sections")
+            elif not any(_is_ignored(k.name, k.module, self._ignored) for k in section.links):
+                sections.append(section)
+        return sections
+
+
+def _that_run(
+    choices: Sequence[_Choice],
+    left_out: dict[str, str],
+    failing: Callable[[list[Section]], str | None],
+) -> list[Section]:
+    """The sections with which the model runs.
+
+    Args:
+        choices: of the blocks.
+        left_out: where those without a section are put, with the reason.
+        failing: tells why a model does not run with some sections gated.
+    """
+    first = [section for choice in choices for section in choice.candidates[0]]
+    if not first or failing(first) is None:
+        return first
+    running = []
+    for kind in dict.fromkeys(choice.kind for choice in choices):
+        alike = [choice for choice in choices if choice.kind is kind]
+        reasons = []
+        for number in range(max(len(choice.candidates) for choice in alike)):
+            tried = [s for c in alike for s in (c.candidates[number:] or [[]])[0]]
+            reasons.append(failing(tried))
+            if reasons[-1] is None:
+                running += tried
+                break
+        else:
+            left_out |= {choice.name: reasons[0] for choice in alike}
+    return running
 
 
 def _is_ignored(name: str, module: nn.Module, ignored: tuple) -> bool:
@@ -140,80 +305,17 @@ def _stack_elements(model: nn.Module) -> list[tuple[str, nn.Module]]:
     elements = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Sequential, nn.ModuleList)):
-            owner = model.get_submodule(name.rpartition(".")[0])
             for key, child in module.named_children():
-                if key == "0" and isinstance(owner, (nn.TransformerEncoder, nn.TransformerDecoder)):
-                    continue  # torch's own forward looks into the first layer
                 composite = next(child.children(), None) is not None
                 if composite and any(p.dim() >= 2 for p in child.parameters()):
                     elements.append((f"{name}.{key}" if name else key, child))
     return elements
 
 
-def _recorded_calls(model: nn.Module, inputs: Inputs) -> dict[str, list[_Call]]:
-    """Calls of every module with B and with B + 1 rows, in this order."""
-    calls: dict[str, list[_Call]] = {}
-
-    def record(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, result: object) -> None:
-            given = dict(enumerate(args)) | kwargs
-            shapes = {k: tuple(v.shape) for k, v in given.items() if isinstance(v, Tensor)}
-            out = tuple(result.shape) if isinstance(result, Tensor) else None
-            calls.setdefault(name, []).append(_Call(shapes, out, len(given)))
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(record(name), with_kwargs=True)
+def _looked_into(model: nn.Module) -> set[str]:
+    """Names of layers whose attributes another module's forward reads: they have to stay."""
+    return {
+        f"{name}.layers.0".lstrip(".")
         for name, module in model.named_modules()
-    ]
-    try:
-        _run_twice(model, inputs, calls)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _run_twice(model: nn.Module, inputs: Inputs, calls: dict[str, list[_Call]]) -> None:
-    """Runs the model with B and B + 1 rows, resizing its inputs in the first way that works."""
-    rows = batch_size_of(inputs)
-    first, *others = batch_tensors(inputs)
-    error: Exception | None = None
-    # A mask, say, may have as many rows as the batch without being one: leave out none, one, two,
-    # ...
-    for left_out in range(len(others) + 1):
-        for kept in itertools.combinations(others, len(others) - left_out):
-            calls.clear()
-            try:
-                for size in (rows, rows + 1):
-                    dry_run(model, inputs, size, (first, *kept))
-            except Exception as failure:
-                error = error or failure
-            else:
-                return
-    raise ValueError(
-        f"the model does not run with example_inputs of {rows} rows: {error}. Give inputs "
-        "as the training "
-        "loop does, with the batch in the first dimension."
-    ) from error
-
-
-def _opaque_adapter(module: nn.Module, calls: list[_Call]) -> OpaqueAdapter | None:
-    """The adapter, or None where the module's calls do not show that a gate would be right."""
-    if len(calls) != 2:
-        return None
-    first, second = calls
-    if first.result is None or first.arguments.get(0) != first.result:
-        return None
-    batched = set()
-    for key, shape in first.arguments.items():
-        other = second.arguments.get(key)
-        if other == shape:
-            continue
-        if other is None or not shape or other != (shape[0] + 1, *shape[1:]):
-            return None
-        batched.add(key)
-    if 0 not in batched or second.result != second.arguments[0]:
-        return None
-    return OpaqueAdapter(frozenset(batched), first.count > 1, frozenset(first.arguments) - batched)
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder)
+    }

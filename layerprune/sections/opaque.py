@@ -6,18 +6,11 @@ is.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from layerprune.gate import Gate
+from layerprune.sections.branch import PassThrough
 from layerprune.sections.residual import GATE_ATTRIBUTE
-
-
-class PassThrough(nn.Module):
-    """Returns its first argument: an eliminated section that is called with more than one."""
-
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Returns ``x``."""
-        return x
 
 
 class OpaqueAdapter:
@@ -28,6 +21,7 @@ class OpaqueAdapter:
             in their first dimension.
         several_arguments: whether the module is called with more than its input.
         shared: those of the tensors among the arguments that do not.
+        width: elements of the tuple of which its output is the first; None for a bare tensor.
     """
 
     kind = "opaque"
@@ -37,10 +31,12 @@ class OpaqueAdapter:
         batched: frozenset[int | str],
         several_arguments: bool,
         shared: frozenset[int | str] = frozenset(),
+        width: int | None = None,
     ) -> None:
         self.batched = batched
         self.several_arguments = several_arguments
         self.shared = shared
+        self.width = width
 
     def attach(self, module: nn.Module, gate: Gate) -> None:
         """See `Adapter`."""
@@ -61,7 +57,9 @@ class OpaqueAdapter:
 
     def remainder(self, module: nn.Module, nonnegative_input: bool) -> nn.Module:
         """See `Adapter`."""
-        return PassThrough() if self.several_arguments else nn.Identity()
+        if self.several_arguments or self.width is not None:
+            return PassThrough(width=self.width)
+        return nn.Identity()
 
     def kept(self, module: nn.Module) -> tuple[str, ...]:
         """See `Adapter`."""

@@ -52,6 +52,7 @@ class BlockAdapter:
 
     kind = "twin"
     several_arguments = False
+    width = None
 
     def __init__(self, original: type[nn.Module], twin: type[nn.Module]) -> None:
         self.original = original

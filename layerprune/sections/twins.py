@@ -27,7 +27,7 @@ _LEAST_COMPILED = 2
 
 
 @torch.compiler.disable
-def _aside(function: Callable[..., object], *args: object) -> object:
+def aside(function: Callable[..., object], *args: object) -> object:
     """Calls a function, and lets no compiler see what happens in it."""
     return function(*args)
 
@@ -58,8 +58,8 @@ def run_section(
         if gate.replay:
             return gate.replay.popleft()
         if gate.on_entry is not None:
-            _aside(gate.on_entry)
-    draw = _aside(gate.current, module.training, x.shape[0])
+            aside(gate.on_entry)
+    draw = aside(gate.current, module.training, x.shape[0])
     if gate.forward is None:
         gate.forward = _own_copy(forward, gate.name)
     run = gate.forward
@@ -69,13 +69,13 @@ def run_section(
         mark_unbacked(draw.probes, 0)
     elif draw is not True and module._compiled_call_impl is None:
         # Not worth a compilation, but where the section is to be compiled in any case.
-        run = functools.partial(_aside, forward)
+        run = functools.partial(aside, forward)
     output = run(draw, x, *parts)
     if not repeated:
         if gate.on_exit is not None:
-            _aside(gate.on_exit)
+            aside(gate.on_exit)
         if gate.recorder is not None:
-            _aside(gate.recorder, gate, output)
+            aside(gate.recorder, gate, output)
     return output
 
 
@@ -104,12 +104,21 @@ class OpaqueTwin:
     """Mixin that puts a gate around the forward of the class it is mixed into."""
 
     @outside
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor | tuple:
         """Runs the module on the running rows and mixes the result with its input."""
         adapter, gate = getattr(self, GATE_ATTRIBUTE)
         whole = super().forward
-        parts = (whole, adapter.batched, adapter.shared, args, kwargs)
-        return run_section(self, gate, opaque_forward, x, *parts)
+        others = (None,) * ((adapter.width or 1) - 1)
+
+        def first(*args: object, **kwargs: object) -> Tensor:
+            nonlocal others
+            y, *others = whole(*args, **kwargs)
+            return y
+
+        run = whole if adapter.width is None else first
+        parts = (run, adapter.batched, adapter.shared, args, kwargs)
+        y = run_section(self, gate, opaque_forward, x, *parts)
+        return y if adapter.width is None else (y, *others)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The twin's class exists only in memory: name it by its original.

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerprune.compaction import remove_sections
+from layerprune.compaction import branch_keys, remove_sections
 from layerprune.gate import Gate
 from layerprune.sections import Section
 from layerprune.training.builders import Builder, build_on_meta
@@ -245,11 +245,11 @@ def gated_model(path: str | os.PathLike[str], builder: Builder | None = None) ->
     structure = read_structure(folder)
     model, sections = _dense(folder, structure, builder)
     gone = [sections[name] for name in structure["eliminated"]]
-    load_weights(model, folder, set().union(*(section.branch_keys() for section in gone)))
+    load_weights(model, folder, branch_keys(model, gone))
     for name, section in sections.items():
         gate = Gate(name)
         gate.is_open = False
-        section.adapter.attach(section.module, gate)
+        section.attach(gate)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name in [name for name, t in tensors.items() if t is not None and t.is_meta]:

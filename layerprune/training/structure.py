@@ -16,8 +16,7 @@ from layerprune._version import __version__
 from layerprune.cost import Inputs
 from layerprune.info import absent
 from layerprune.sections import Section
-from layerprune.sections.discovery import adapter_of
-from layerprune.sections.opaque import OpaqueAdapter
+from layerprune.sections.described import is_well_formed, section_at
 from layerprune.training.builders import check_kwargs
 
 __all__ = ["absent", "decoded", "digest", "encoded", "random_inputs", "sections_at", "structure_of"]
@@ -120,18 +119,10 @@ def sections_at(
     """
     modules = dict(model.named_modules())
     parts = {part["name"]: part for part in structure["sections"]}
-    found = {}
-    for name in names:
-        adapter = None
-        if name and name in modules:
-            adapter = adapter_of(modules[name])
-            part, parent = parts.get(name, {}), modules[name.rpartition(".")[0]]
-            stacked = isinstance(parent, nn.Sequential | nn.ModuleList)
-            if adapter is None and stacked and part.get("kind") == OpaqueAdapter.kind:
-                adapter = OpaqueAdapter(frozenset(), part["several_arguments"])
-        if adapter is None:
+    found = {name: section_at(name, modules, parts.get(name, {})) for name in names}
+    for name, section in found.items():
+        if section is None:
             raise ValueError(f"{reprlib.repr(name)} is no section of this model")
-        found[name] = Section(name, modules[name], adapter)
     return found
 
 
@@ -233,9 +224,8 @@ def _well_formed_inputs(inputs: Any) -> bool:
 
 def _well_formed_section(part: dict[str, Any]) -> bool:
     return (
-        all(isinstance(part[key], str) for key in ("name", "kind"))
+        is_well_formed(part)
         and part["status"] in ("open", "settled", "eliminated")
-        and isinstance(part["several_arguments"], bool)
         and type(part["theta"]) in (int, float)
         and 0.0 <= part["theta"] <= 1.0
     )

@@ -113,7 +113,8 @@ def test_vit():
 def test_torchvision_vit():
     model = torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=3)
     names = _names(model, torch.zeros(2, 3, 16, 16))
-    assert names == ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"]
+    layers = [f"encoder.layers.encoder_layer_{i}" for i in range(2)]
+    assert names == [f"{layer}.{part}" for layer in layers for part in ("self_attention", "mlp")]
 
 
 @pytest.mark.parametrize("batch", [2, 5, 8])
@@ -161,10 +162,10 @@ def test_a_model_without_sections():
 
 
 def test_the_root_is_no_section():
-    """It cannot be replaced; what is inside it can be found."""
+    """It cannot be replaced; what is inside it can be found, and so can what it adds."""
     root = GatedResidual(nn.Sequential(nn.Linear(4, 4), GatedResidual(nn.Linear(4, 4))))
     assert _names(root, torch.zeros(2, 4)) == ["branch.1"]
-    assert find_sections(GatedResidual(nn.Linear(4, 4)), torch.zeros(2, 4)) == []
+    assert _names(GatedResidual(nn.Linear(4, 4)), torch.zeros(2, 4)) == ["branch"]
     assert find_sections(BasicBlock(4, 4), torch.zeros(2, 4, 8, 8)) == []
 
 

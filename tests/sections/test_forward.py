@@ -97,7 +97,7 @@ def test_forward_and_gradients(kind, how):
             child.eval()
     (section,) = find_sections(model, x)
     gate = Gate("1")
-    section.adapter.attach(module, gate)
+    section.attach(gate)
     gates, rows, probes = DRAWS[how]
     gate.draw = _draw(gates, rows, probes)
     x = x.requires_grad_()
@@ -131,7 +131,7 @@ def test_opaque_forward(how):
     (section,) = find_sections(model, x)
     assert section.adapter.batched == {0, 1, "shift"}
     gate = Gate("layer")
-    section.adapter.attach(section.module, gate)
+    section.attach(gate)
     gates, rows, probes = DRAWS[how]
     gate.draw = _draw(gates, rows, probes)
     expected = x + gate.draw.gate.detach()[:, None] * (plain(x) - x)
@@ -154,7 +154,7 @@ def test_an_open_twin_is_the_block_bit_for_bit(kind, training):
     plain = copy.deepcopy(model)
     x = torch.randn(ROWS, 3, 6, 6)
     (section,) = find_sections(model, x)
-    section.adapter.attach(section.module, Gate())
+    section.attach(Gate())
     a, b = model(x), plain(x)
     assert a.equal(b)
     a.square().sum().backward()
@@ -164,7 +164,7 @@ def test_an_open_twin_is_the_block_bit_for_bit(kind, training):
     assert list(model.state_dict()) == list(plain.state_dict())
     for name, value in model.state_dict().items():
         assert value.equal(plain.state_dict()[name]), name
-    section.adapter.detach(section.module)
+    section.detach()
     assert type(section.module) is kind and vars(section.module).keys() == vars(plain[0]).keys()
 
 
@@ -199,7 +199,7 @@ def test_gated_models_pickle_and_copy(build):
     x = torch.randn(ROWS, 4)
     expected = model(x)
     for section in find_sections(model, x):
-        section.adapter.attach(section.module, Gate())
+        section.attach(Gate())
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

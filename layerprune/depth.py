@@ -1,0 +1,94 @@
+"""The depth that a model of transformers has: in its configuration, and where layers keep caches.
+
+Such models are known by their attributes; transformers need not be installed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from torch import nn
+
+from layerprune.sections.branch import PassThrough
+
+ELIMINATED = "layerprune_eliminated"
+"""What a configuration's list of lost sections is called; names in a model built from it."""
+
+_DEPTHS = {
+    "decoder": ("num_decoder_layers", "decoder_layers"),
+    "encoder": ("encoder_layers", "num_layers"),
+    "": ("num_hidden_layers",),
+}
+"""Names of a configuration's depth, by a word in the container's name."""
+_BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+"""Lists of a configuration with an element for each layer."""
+
+
+def number_caches(model: nn.Module) -> None:
+    """Numbers the layers that keep keys and values as they are left, without gaps.
+
+    A cache is asked for its length at its first layer: that one must not be a layer that is gone.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        return  # GPT-2's number is part of what such a layer computes
+    kinds: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        is_numbered = isinstance(getattr(module, "layer_idx", None), int)
+        if is_numbered and not isinstance(module, PassThrough):
+            kinds.setdefault(re.sub(r"\d+", "#", name), []).append(module)
+    for layers in kinds.values():
+        for number, layer in enumerate(layers):
+            layer.layer_idx = number
+
+
+def note_eliminated(model: nn.Module, names: Iterable[str], known: Collection[str] = ()) -> None:
+    """Names in a model's configuration what it has lost.
+
+    Args:
+        model: left alone if it has no configuration.
+        names: the sections that it lost.
+        known: all that a run has to say something about; others, lost before, stay on the list.
+    """
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        earlier = [name for name in getattr(config, ELIMINATED, []) if name not in known]
+        setattr(config, ELIMINATED, [*earlier, *names])
+
+
+def rename_eliminated(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    """Follows a renumbering in the configuration's list: what has no place any more leaves it.
+
+    Args:
+        model: the model, renumbered.
+        before: its modules by the names that they had.
+    """
+    lost = getattr(getattr(model, "config", None), ELIMINATED, None)
+    if lost is not None:
+        now = {module: name for name, module in model.named_modules()}
+        left = [before[name] for name in lost if name in before]
+        setattr(model.config, ELIMINATED, [now[module] for module in left if module in now])
+
+
+def shrink_config(model: nn.Module, container: str, kept: Sequence[int], before: int) -> None:
+    """Tells the configuration that a container of layers has fewer of them.
+
+    Args:
+        model: left alone if no configuration speaks of the container.
+        container: its qualified name.
+        kept: places of the layers that are left.
+        before: how many there were.
+    """
+    parts = container.split(".")
+    for length in range(len(parts), -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:length])), "config", None)
+        for word, names in _DEPTHS.items():
+            for name in names if word in container else ():
+                if getattr(config, name, None) == before:
+                    setattr(config, name, len(kept))
+                    for each in _BY_LAYER:
+                        listed = getattr(config, each, None)
+                        if isinstance(listed, list) and len(listed) == before:
+                            setattr(config, each, [listed[place] for place in kept])
+                    return

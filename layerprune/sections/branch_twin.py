@@ -1,0 +1,140 @@
+"""Gated modules of a branch section, and what they tell each other in a forward.
+
+Imported when the first gate is attached, as `twins` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch._dynamo.decorators import maybe_mark_dynamic
+
+from layerprune import ops
+from layerprune.gate import Gate, SectionDraw
+from layerprune.recomputation import NO_BACKWARD, current_backward
+from layerprune.sections.arithmetic import graded, running_rows
+from layerprune.sections.branch import Link, in_place, nothing
+from layerprune.sections.residual import GATE_ATTRIBUTE
+from layerprune.sections.twins import aside, empty, outside
+
+
+class Passage:
+    """One section's way through a forward, from its first module to its last.
+
+    Args:
+        gate: the section's gate.
+        first: its first module.
+        last: its last one, which may be the same.
+        full: as in `BranchSection`.
+    """
+
+    def __init__(self, gate: Gate, first: Link, last: Link, full: bool) -> None:
+        self.gate = gate
+        self._first = first
+        self._last = last
+        self._full = full
+        self._draw: SectionDraw | bool = True
+        self._replays = False
+
+    @outside
+    def through(
+        self,
+        link: Link,
+        module: nn.Module,
+        forward: Callable[..., object],
+        args: tuple,
+        kwargs: dict,
+    ) -> object:
+        """Runs one module on what the section's draw leaves for it to do.
+
+        Args:
+            link: how the module is called.
+            module: the module.
+            forward: its original forward.
+            args: what it is called with.
+            kwargs: what it is called with, by name.
+        """
+        key = link.keys[0]
+        x = args[key] if isinstance(key, int) else kwargs[key]
+        repeated = current_backward() != NO_BACKWARD  # nobody watches a recomputation
+        if link is self._first and not repeated:
+            aside(self._enter, module.training, x)
+        # A recomputation may begin behind the first module.
+        draw = aside(self.gate.current, module.training, None) if repeated else self._draw
+        if draw is False or self._replays:
+            value = nothing(x, self._full) if link is self._last else x
+            result = in_place(value, link.place, link.width)
+        elif draw is True or draw.needs_no_gate():
+            result = forward(*args, **kwargs)
+        else:
+            result = self._rows(draw, link, x, forward, args, kwargs)
+        if link is self._last and not repeated:
+            result = aside(self._leave, result)
+        return result
+
+    def _enter(self, training: bool, x: Tensor) -> None:
+        gate = self.gate
+        self._replays = bool(gate.replay)
+        if self._replays:
+            return
+        if gate.on_entry is not None:
+            gate.on_entry()
+        self._draw = gate.current(training, x.shape[0])
+
+    def _rows(
+        self,
+        draw: SectionDraw,
+        link: Link,
+        x: Tensor,
+        forward: Callable[..., object],
+        args: tuple,
+        kwargs: dict,
+    ) -> object:
+        """Runs a module on the running rows; the last one's output comes back gated."""
+        whole = draw.runs_whole()
+        if not whole:
+            rows = x
+            if link is self._first:
+                rows, _ = ops.take_rows(x, draw.rows)
+            maybe_mark_dynamic(rows, 0)
+            given = {**dict(enumerate(args)), **kwargs}
+            others = {key: value for key, value in given.items() if key not in link.keys}
+            given |= running_rows(others, draw, link.batched, link.shared)
+            given |= dict.fromkeys(link.keys, rows)
+            args = [given.pop(position) for position in range(len(args))]
+            kwargs = given
+        result = forward(*args, **kwargs)
+        if link is not self._last:
+            return result
+        y = result if link.width is None else result[link.place]
+        zeros = y.new_zeros(()).expand(draw.gate.shape[0], *y.shape[1:])
+        slot = None if whole else draw.slot
+        y = ops.gated_residual(zeros, y, graded(draw), slot, gate_grad_rows=draw.probes)
+        if link.width is None:
+            return y
+        return tuple(y if place == link.place else each for place, each in enumerate(result))
+
+    def _leave(self, result: object) -> object:
+        gate, link = self.gate, self._last
+        if self._replays:
+            return in_place(gate.replay.popleft(), link.place, link.width)
+        if gate.on_exit is not None:
+            gate.on_exit()
+        if gate.recorder is not None:
+            gate.recorder(gate, result if link.width is None else result[link.place])
+        return result
+
+
+class BranchTwin:
+    """Mixin that lets a module run on the rows for which its branch section runs."""
+
+    @outside
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Runs the module on the running rows."""
+        link, passage = getattr(self, GATE_ATTRIBUTE)
+        return passage.through(link, self, super().forward, args, kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # As with `OpaqueTwin`.
+        return empty, (type(self).__mro__[2], BranchTwin), super().__reduce_ex__(protocol)[2]

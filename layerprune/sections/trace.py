@@ -1,0 +1,237 @@
+"""What a model's forward does, as far as sections are concerned: its modules' calls, its additions.
+
+Recorded on fake tensors. A tensor is followed from module to module by the object that it is: where
+one module's result is the very object that another one is called with, nothing happens in between.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from layerprune.cost import Inputs, batch_size_of, batch_tensors, dry_run
+
+_ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+_IN_PLACE = (Tensor.add_, Tensor.__iadd__)
+_MORE = 5
+"""Rows by which the second forward has more: no other dimension is to grow by them by chance."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of one module.
+
+    Attributes:
+        name: the module's qualified name.
+        module: the module.
+        given: its arguments, by position or name.
+        results: its result, or the elements of a tuple.
+        width: how many elements; None where the result is no tuple.
+        start: when it began, in recorded events.
+        end: when it ended.
+    """
+
+    name: str
+    module: nn.Module
+    given: dict[int | str, object]
+    start: int
+    results: tuple[object, ...] = ()
+    width: int | None = None
+    end: int = -1
+
+    def encloses(self, other: Call) -> bool:
+        """Whether another call was made within this one."""
+        return self.start < other.start and other.end < self.end
+
+    def first_tensor(self) -> Tensor | None:
+        """The first of its arguments that is a tensor."""
+        return next((value for value in self.given.values() if isinstance(value, Tensor)), None)
+
+
+@dataclass(eq=False)
+class Addition:
+    """One addition of two tensors.
+
+    Attributes:
+        left: the first one, which an addition in place overwrites.
+        right: the second one.
+        result: the sum.
+        in_place: whether ``left`` holds it.
+        time: when it happened, in recorded events.
+        within: the calls that it happened in, outermost first.
+    """
+
+    left: Tensor
+    right: Tensor
+    result: Tensor
+    in_place: bool
+    time: int
+    within: tuple[Call, ...]
+
+
+@dataclass
+class Trace:
+    """One forward.
+
+    Attributes:
+        rows: of the batch.
+        shapes: of the tensors that the model returns.
+        calls: by module name, in their order.
+        additions: in their order.
+        uses: when a function took a tensor, and the tensor.
+    """
+
+    rows: int
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    additions: list[Addition] = field(default_factory=list)
+    uses: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def producer(self, tensor: object, before: int) -> Call | None:
+        """The call that gave a tensor last, before a time; of nested ones the outermost."""
+        return max(
+            (call for call in self._by_result.get(id(tensor), ()) if call.end < before),
+            key=lambda call: call.end,
+            default=None,
+        )
+
+    def is_used(self, tensor: Tensor, after: Call) -> bool:
+        """Whether anybody takes a tensor after a call, or returns it from around that call."""
+        return (
+            any(time > after.end and used is tensor for time, used in self.uses)
+            or any(
+                call.start > after.end and any(each is tensor for each in tree_leaves(call.given))
+                for call in self._calls
+            )
+            or any(
+                call.encloses(after) and any(each is tensor for each in tree_leaves(call.results))
+                for call in self._calls
+            )
+        )
+
+    def index(self) -> None:
+        """Makes a whole trace ready to be asked."""
+        self._calls = list(itertools.chain.from_iterable(self.calls.values()))
+        self._by_result: dict[int, list[Call]] = {}
+        for call in self._calls:
+            for result in call.results:
+                if isinstance(result, Tensor):
+                    self._by_result.setdefault(id(result), []).append(call)
+
+
+class _Additions(TorchFunctionMode):
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self._recorder.used((args, kwargs))
+        result = function(*args, **(kwargs or {}))
+        plain = len(args) == 2 and not kwargs and all(isinstance(each, Tensor) for each in args)
+        if plain and (function in _ADDITIONS or function in _IN_PLACE):
+            self._recorder.added(*args, result, function in _IN_PLACE)
+        return result
+
+
+class _Recorder:
+    """Hooks on all modules that fill a trace."""
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        self.trace = Trace(rows)
+        self._clock = itertools.count()
+        self._open: list[Call] = []
+        self._handles = []
+        for name, module in model.named_modules():
+            self._handles += [
+                module.register_forward_pre_hook(self._enter(name), with_kwargs=True),
+                module.register_forward_hook(self._leave, with_kwargs=True),
+            ]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def added(self, left: Tensor, right: Tensor, result: Tensor, in_place: bool) -> None:
+        addition = Addition(left, right, result, in_place, next(self._clock), tuple(self._open))
+        self.trace.additions.append(addition)
+
+    def used(self, arguments: object) -> None:
+        time = next(self._clock)
+        leaves = tree_leaves(arguments)
+        self.trace.uses += [(time, leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def _enter(self, name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            call = Call(name, module, {**dict(enumerate(args)), **kwargs}, next(self._clock))
+            self._open.append(call)
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, result: object) -> None:
+        call = self._open.pop()
+        several = type(result) is tuple
+        call.results = result if several else (result,)
+        call.width = len(result) if several else None
+        call.end = next(self._clock)
+        self.trace.calls.setdefault(call.name, []).append(call)
+
+
+def record(model: nn.Module, inputs: Inputs) -> tuple[Trace, Trace, tuple[Tensor, ...]]:
+    """Traces a model's forward with as many rows as its inputs have, and with some more.
+
+    Returns:
+        The two traces, and those of the inputs that carry the batch.
+
+    Raises:
+        ValueError: if the model does not run with ``inputs``.
+    """
+    rows = batch_size_of(inputs)
+    error: Exception | None = None
+    for resized in _resizings(inputs):
+        try:
+            first, second = (_traced(model, inputs, n, resized) for n in (rows, rows + _MORE))
+        except Exception as failure:
+            error = error or failure
+        else:
+            return first, second, resized
+    raise ValueError(
+        f"the model does not run with example_inputs of {rows} rows: {error}. Give inputs "
+        "as the training "
+        "loop does, with the batch in the first dimension."
+    ) from error
+
+
+def _resizings(inputs: Inputs) -> Iterator[tuple[Tensor, ...]]:
+    """The inputs that may carry the batch, in the order to try.
+
+    A mask, say, may have as many rows as the batch without being one: none is left out, one, ...
+    """
+    first, *others = batch_tensors(inputs)
+    for left_out in range(len(others) + 1):
+        for kept in itertools.combinations(others, len(others) - left_out):
+            yield (first, *kept)
+
+
+def _traced(model: nn.Module, inputs: Inputs, rows: int, resized: tuple[Tensor, ...]) -> Trace:
+    recorder = _Recorder(model, rows)
+    try:
+        with _Additions(recorder):
+            output = dry_run(model, inputs, rows, resized)
+    finally:
+        recorder.close()
+    recorder.trace.shapes = shapes(output)
+    recorder.trace.index()
+    return recorder.trace
+
+
+def shapes(output: object) -> list[tuple[int, ...]]:
+    """Of the tensors in what a model returned."""
+    return [tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
