@@ -208,17 +208,20 @@ def _digits(train_subset: int | None, augment: bool) -> DataSplits:
 def _imagefolder(root: Path, train_subset: int | None, augment: bool) -> DataSplits:
     train, test = read_image_folders(root)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as customary
-    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    plain = v2.Compose([v2.Resize(256), v2.CenterCrop(224), *finish])
-    augmentation = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *finish])
+    scale = {"mean": mean, "std": std}
+    plain = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])
+    augmentation = v2.Compose(
+        [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    )
     return DataSplits(
         train=FileImages(
             train,
             _stratified_subset(train.targets, train_subset),
             plain=plain,
             augmentation=augmentation if augment else None,
+            **scale,
         ),
-        test=FileImages(test, range(len(test)), plain=plain),
+        test=FileImages(test, range(len(test)), plain=plain, **scale),
         num_classes=len(train.classes),
         in_channels=3,
         image_size=224,

@@ -42,10 +42,12 @@ def evaluate(
     losses = torch.zeros(-(-len(splits.test) // BATCH), dtype=torch.float64)
     correct = torch.zeros_like(losses)
     with evaluating(model):
-        loader = test_loader(splits, BATCH, workers, start=ranks.rank, every=ranks.count)
+        pinned = device.type == "cuda"
+        loader = test_loader(splits, BATCH, workers, pinned, start=ranks.rank, every=ranks.count)
         for place, (images, labels) in enumerate(loader):
             batch = ranks.rank + place * ranks.count
-            images, labels = images.to(device), labels.to(device)
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
             outputs = model(images)
             losses[batch] = F.cross_entropy(outputs, labels, reduction="sum")
             correct[batch] = (outputs.argmax(1) == labels).sum()

@@ -174,6 +174,23 @@ def test_image_folders(folder_root):
     torch.testing.assert_close(x[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("CMYK", "jpg"), ("L", "jpg"), ("1", "png"), ("P", "png"), ("RGBA", "png"), ("I;16", "png")],
+)
+def test_images_of_other_modes_are_read_in_colour(tmp_path, mode, suffix):
+    for part in ("train", "val"):
+        (tmp_path / part / "ant").mkdir(parents=True)
+        Image.new(mode, (40, 60)).save(tmp_path / part / "ant" / f"0.{suffix}")
+    splits = load("imagefolder", tmp_path)
+    ((x, _),) = batches(splits, batch_size=1)
+    image, label = splits.test[0]
+    assert x.shape == (1, 3, 224, 224) and image.shape == (3, 224, 224) and label == 0
+    # CMYK without ink is white, the others' zeros are black.
+    colour = 255 if mode == "CMYK" else 0
+    assert (pixels_of(splits, image) == colour).all()
+
+
 # --- subsets --------------------------------------------------------------------------------------
 
 
