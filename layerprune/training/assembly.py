@@ -99,7 +99,8 @@ def build_network(recipe: Recipe, splits: DataSplits, device: torch.device) -> N
     total = steps * recipe.epochs
     try:
         model = models.build(recipe.model, **kwargs)
-        eliminate_sections(model, recipe.without, example)
+        if recipe.without:
+            eliminate_sections(model, recipe.without, example)
         layout = torch.channels_last if recipe.channels_last else torch.preserve_format
         model.to(device=device, memory_format=layout)
         ema = pruner = None

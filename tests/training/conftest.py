@@ -1,4 +1,6 @@
 import pytest
+from image_files import write_cifar, write_folders, write_idx
+from torchvision.datasets import CIFAR10
 
 from layerprune.training import recipe
 
@@ -23,3 +25,24 @@ def small():
         },
         "small",
     )
+
+
+@pytest.fixture
+def idx_root(tmp_path):
+    write_idx(tmp_path, zipped=False)
+    return tmp_path
+
+
+@pytest.fixture
+def cifar_root(tmp_path, monkeypatch):
+    """A small CIFAR-10 in its real layout; torchvision is told the checksums of these files."""
+    for attribute, value in write_cifar(tmp_path).items():
+        monkeypatch.setattr(CIFAR10, attribute, value)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def folder_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    write_folders(root)
+    return root

@@ -1,83 +1,17 @@
 """Data sets: files of the real formats, damaged ones, splits, order, augmentation, resume."""
 
 import gzip
-import hashlib
-import pickle
-import struct
 
 import numpy as np
 import pytest
 import torch
+from image_files import TEST, TRAIN, cifar_part, idx_bytes, idx_files, write_idx
 from PIL import Image
 from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as TF
 
 from layerprune.training import sampling
 from layerprune.training.data import NAMES, DataError, load
-
-TRAIN, TEST = 40, 20
-
-
-def idx_bytes(array):
-    """The IDX format, as on the MNIST page: 0, 0, type 8 (uint8), dimensions, sizes, data."""
-    sizes = struct.pack(f">{array.ndim}I", *array.shape)
-    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
-
-
-def idx_files():
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", TRAIN), ("t10k", TEST)):
-        arrays[f"{part}-images-idx3-ubyte"] = rng.integers(0, 256, (count, 28, 28))
-        arrays[f"{part}-labels-idx1-ubyte"] = np.arange(count) % 10
-    return arrays
-
-
-@pytest.fixture
-def idx_root(tmp_path):
-    for name, array in idx_files().items():
-        (tmp_path / name).write_bytes(idx_bytes(array))
-    return tmp_path
-
-
-def cifar_part(count, first):
-    rng = np.random.default_rng(first)
-    labels = [(first + i) % 10 for i in range(count)]
-    return {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), "labels": labels}
-
-
-@pytest.fixture
-def cifar_root(tmp_path, monkeypatch):
-    """A small CIFAR-10 in its real layout; torchvision is told the checksums of these files."""
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-
-    def write(name, content):
-        data = pickle.dumps(content, protocol=2)
-        (folder / name).write_bytes(data)
-        return [name, hashlib.md5(data).hexdigest()]
-
-    parts = [write(f"data_batch_{i + 1}", cifar_part(8, 8 * i)) for i in range(5)]
-    monkeypatch.setattr(CIFAR10, "train_list", parts)
-    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", cifar_part(TEST, 99))])
-    name, checksum = write("batches.meta", {"label_names": list("abcdefghij")})
-    meta = {"filename": name, "key": "label_names", "md5": checksum}
-    monkeypatch.setattr(CIFAR10, "meta", meta)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def folder_root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 5), ("val", 2)):
-        for label in ("ant", "bee"):
-            (root / part / label).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (60 + i, 80, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / label / f"{i}.jpg")
-    return root
 
 
 def batches(splits, **kwargs):
@@ -131,12 +65,7 @@ def test_digits_split_is_stratified_disjoint_and_complete():
 def test_idx_files_plain_or_gzipped_here_or_where_torchvision_has_them(
     tmp_path, name, folder, zipped
 ):
-    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    for file, array in idx_files().items():
-        if zipped:
-            (tmp_path / folder / f"{file}.gz").write_bytes(gzip.compress(idx_bytes(array)))
-        else:
-            (tmp_path / folder / file).write_bytes(idx_bytes(array))
+    write_idx(tmp_path / folder, zipped)
     splits = load(name, tmp_path)
     for part, images in (("train", splits.train), ("t10k", splits.test)):
         x, y = images.batch(range(len(images)))
@@ -166,7 +95,7 @@ def test_image_folders(folder_root):
     assert x.shape == (3, 3, 224, 224) and x.dtype == torch.float32
     assert torch.cat([y, *(v for _, v in rest)]).tolist() == [0, 0, 1, 1]
     # The shorter side to 256, the central 224, ImageNet's statistics.
-    image = Image.open(folder_root / "val" / "ant" / "0.jpg")
+    image = Image.open(folder_root / "val" / "ant" / "0.JPEG")
     image = TF.pil_to_tensor(image.resize((int(256 * 80 / 60), 256), Image.Resampling.BILINEAR))
     left = round((image.shape[2] - 224) / 2)
     image = image[:, 16:240, left : left + 224] / 255
@@ -307,7 +236,7 @@ def test_augmented_images_are_padded_crops_and_all_of_them_occur(request, name, 
 
 
 def test_copies_of_one_file_are_augmented_differently(folder_root, tmp_path):
-    source = folder_root / "train" / "ant" / "0.jpg"
+    source = folder_root / "train" / "ant" / "0.JPEG"
     for place in ("train/ant/0.jpg", "train/ant/1.jpg", "val/ant/0.jpg"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_bytes(source.read_bytes())
