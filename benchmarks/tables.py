@@ -1,10 +1,11 @@
-"""Writes the tables of docs/performance.md and README.md from the results.
+"""Writes the tables of docs/performance.md, docs/recipes.md and README.md from the results.
 
     python benchmarks/tables.py
 
 A table stands between `<!-- table: name -->` and `<!-- /table -->`; the name is that of a result in
 benchmarks/results, or "gpu" for all that GPUs' folders hold. A study makes several tables: the name
 is then `study-small:methods`, with one of `study.tables.BLOCKS` behind the colon, or `machine`.
+Those of recipes and loading make two each.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from pathlib import Path
 
 from figures import median, times_compile
 from markdown_table import Column, figures, of, table
+from recipe_tables import loading_parts, loading_rates, recipe_counts, recipe_steps
 from study.tables import BLOCKS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "recipes.md", ROOT / "README.md")
+# Beside a table of the same result that says what it was measured on.
+FURTHER = {"recipes-cpu:counts": recipe_counts, "loading-cpu:parts": loading_parts}
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOTHING = (
     "**No GPU has run the CUDA and Triton kernels yet: there are no figures of theirs.**\n"
@@ -48,9 +52,16 @@ def section(name: str, results: Path) -> str:
         return "\n\n".join(map(of_gpu, folders)) or NOTHING
     file, _, block = name.partition(":")
     path = results / f"{file}.json"
+    if name in FURTHER:
+        return FURTHER[name](json.loads(path.read_text()))
     if block:
         return of_study(path, block)
-    make = {"operations-cpu": cpu_operations, "digits-resnet32-overhead": cpu_overhead}
+    make = {
+        "operations-cpu": cpu_operations,
+        "digits-resnet32-overhead": cpu_overhead,
+        "recipes-cpu": recipe_steps,
+        "loading-cpu": loading_rates,
+    }
     result = json.loads(path.read_text())
     return f"{measured_on(result)}\n\n{make[name](result)}"
 

@@ -8,9 +8,15 @@ from types import SimpleNamespace
 import device_operations
 import device_trace
 import figures
+import loading
 import pytest
+import recipe_tables
+import recipes
 import tables
 
+from layerprune.training import data, recipe
+
+ROOT = tables.ROOT
 TIMES = {"median_us": 10.0, "p20_us": 9.0, "p80_us": 11.0}
 
 
@@ -126,6 +132,40 @@ def test_what_one_family_gives_is_kept_when_the_other_fails(monkeypatch, tmp_pat
 def test_the_page_is_what_the_results_give(page):
     text = page.read_text()
     assert tables.filled(text) == text, "run: python benchmarks/tables.py"
+
+
+RECIPES = json.loads((tables.RESULTS / "recipes-cpu.json").read_text())["rows"]
+
+
+def test_every_recipe_has_its_costs():
+    assert [row["recipe"] for row in RECIPES] == recipe.names()
+
+
+@pytest.mark.parametrize("row", RECIPES, ids=[row["recipe"] for row in RECIPES])
+def test_a_recipes_costs_are_those_of_what_it_says_now(row):
+    counted = recipes.counts(recipe.load(row["recipe"]))
+    assert {key: row[key] for key in counted} == counted, "run: python benchmarks/recipes.py"
+    file = ROOT / "layerprune" / "recipes" / f"{row['recipe']}.yaml"
+    assert recipe_tables.costs(row) in file.read_text().splitlines()
+
+
+def test_memory_of_a_batch_that_was_cut_is_told_from_two():
+    kind = {"peak_bytes": 3e9, "half_batch": {"peak_bytes": 2e9}}
+    less = {"peak_bytes": 2e9, "half_batch": {"peak_bytes": 1e9}}
+    row = {"batch_size": 64, "measured_batch": 8, "dense": kind, "pruned": less}
+    assert recipe_tables.run_bytes(row) == 3e9 + 56 * 1e9 / 4
+    assert recipe_tables.run_bytes(row | {"batch_size": 8}) == 3e9
+
+
+def test_a_loaders_rate_is_measured_on_files_of_photographs_size(tmp_path):
+    files = [loading.jpeg(seed) for seed in range(2)]
+    assert [100_000 < len(file) < 120_000 for file in files] == [True, True]
+    loading.write_folder(tmp_path, files, 6)
+    splits = data.load("imagefolder", tmp_path)
+    for workers in (0, 1):
+        row = loading.loading(splits, 3, workers)
+        assert row["workers"] == workers and row["images_per_second"] > 0 and row["cpu_ms"] > 0
+    assert all(loading.least_ms(part, files, rounds=1) > 0 for part in loading.parts().values())
 
 
 def test_a_gpu_gets_its_tables(tmp_path):
