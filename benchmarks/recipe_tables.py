@@ -59,7 +59,8 @@ def loading_parts(result: dict) -> str:
 
 def costs(row: dict) -> str:
     """The line of a recipe's file that says what it costs."""
-    told = f"# Costs (docs/recipes.md): {flops(row['dense_train_flops'])} FLOPs dense, {row['total_steps']:,} steps"
+    dense = flops(row["dense_train_flops"])
+    told = f"# Costs (docs/recipes.md): {dense} FLOPs dense, {row['total_steps']:,} steps"
     a_step = seconds(row["dense"]["cpu_seconds"])
     if whole(row):
         return f"{told}; on a CPU {a_step} a step and {gigabytes(run_bytes(row))} of memory."
