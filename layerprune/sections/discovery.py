@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 from torch import nn
 
@@ -28,21 +31,17 @@ Ignored = Iterable[nn.Module | type[nn.Module] | str]
 
 
 @functools.cache
-def _known_blocks() -> dict[type[nn.Module], Adapter]:
+def _twins_for(library: str) -> ModuleType | None:
     try:
-        from layerprune.sections.torchvision import ADAPTERS
-    except ImportError:
-        return {}
-    return {block: a for a in ADAPTERS for block in (a.original, a.twin)}
+        return importlib.import_module(f"layerprune.sections.{library}")
+    except ImportError:  # another version, with its blocks elsewhere
+        return None
 
 
-@functools.cache
-def _known_networks() -> dict[type[nn.Module], tuple[str, ...]]:
-    try:
-        from layerprune.sections.torchvision import FORWARD_ORDER
-    except ImportError:
-        return {}
-    return FORWARD_ORDER
+def _known_libraries() -> list[ModuleType]:
+    """Our modules for the libraries of models that somebody has imported: no others are here."""
+    found = [_twins_for(name) for name in ("torchvision", "timm") if name in sys.modules]
+    return [library for library in found if library is not None]
 
 
 def forward_order(module: nn.Module) -> tuple[str, ...]:
@@ -52,14 +51,21 @@ def forward_order(module: nn.Module) -> tuple[str, ...]:
     """
     if type(module) is nn.Sequential:
         return tuple(module._modules)
-    return _known_networks().get(type(module), ())
+    for library in _known_libraries():
+        if type(module) in library.FORWARD_ORDER:
+            return library.FORWARD_ORDER[type(module)]
+    return ()
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of a `GatedResidual` or a known block, gated already or not."""
     if isinstance(module, GatedResidual):
         return ResidualAdapter()
-    return _known_blocks().get(type(module))
+    for library in _known_libraries():
+        for adapter in library.ADAPTERS:
+            if type(module) in (adapter.original, adapter.twin):
+                return adapter
+    return None
 
 
 @dataclass
