@@ -3,11 +3,12 @@
 from layerprune._version import __version__
 from layerprune.compaction import eliminate_sections, verify
 from layerprune.config import PruneConfig
+from layerprune.drop_path import replace_stochastic_depth, stochastic_depth
 from layerprune.info import StepReport
 from layerprune.ops import backends
 from layerprune.pruner import LayerPruner
 from layerprune.renumber import renumber
-from layerprune.sections import GatedResidual, find_sections
+from layerprune.sections import GatedResidual, find_sections, survey
 
 __all__ = [
     "GatedResidual",
@@ -21,8 +22,11 @@ __all__ = [
     "find_sections",
     "load",
     "renumber",
+    "replace_stochastic_depth",
     "restore",
     "save",
+    "stochastic_depth",
+    "survey",
     "verify",
 ]
 

@@ -62,13 +62,19 @@ class Forwards:
             self._path.abandon()
         self._run.bank.open_all()
 
+    def only_count(self) -> None:
+        """Leaves one hook on the model, for the ledger: nothing is drawn or measured any more."""
+        self.close()
+        from layerprune.hooks import Hook
+
+        self._handles = [self._model.register_forward_pre_hook(Hook(self._count), with_kwargs=True)]
+
     def measurement(self) -> PendingMeasurement | None:
         """The decision test's measurement since the last call, if there was one."""
         path, self._path = self._path, None
         return None if path is None else path.result()
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        run = self._run
         if is_recomputing():
             self._check_recomputation()
             return
@@ -79,16 +85,25 @@ class Forwards:
             # The forward that it was begun for raised: what it noted is of another batch.
             self._path.abandon()
             self._path = None
-        alive = [
-            section.module.training
-            for section, status in zip(run.sections, run.status, strict=True)
-            if status != "eliminated"
-        ]
-        if any(alive) if alive else model.training:
+        if self._training():
             if not self._is_drawn:
                 self.draw(batch_size_of((args, kwargs)))
             self._is_drawn = False
             self._path = self._path or self._begin_path()
+
+    def _count(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._training() and torch.is_grad_enabled() and not is_recomputing():
+            self.draw(batch_size_of((args, kwargs)))
+        self._is_drawn = False
+
+    def _training(self) -> bool:
+        """Whether some section is in training mode; without any, the model."""
+        alive = [
+            section.module.training
+            for section, status in zip(self._run.sections, self._run.status, strict=True)
+            if status != "eliminated"
+        ]
+        return any(alive) if alive else self._model.training
 
     def draw(self, batch_size: int, given: ops.GateDraw | None = None) -> None:
         """Draws for the next forward in training mode, which then does not.

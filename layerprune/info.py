@@ -54,14 +54,31 @@ class StepReport:
     events: tuple[Event, ...]
 
 
-def table(sections: tuple[SectionInfo, ...]) -> str:
-    """The sections, one a line, in plain text."""
+def table(
+    sections: tuple[SectionInfo, ...],
+    left_out: Mapping[str, str],
+    dropped: Mapping[str, float],
+) -> str:
+    """The sections, one a line, in plain text; and what else has a say in the model's depth.
+
+    Args:
+        sections: of a pruner.
+        left_out: why blocks have no gate, by name.
+        dropped: rates of the model's own stochastic depth, by name.
+    """
     width = max(len(info.name) for info in sections)
     lines = [f"{'section':<{width}}  theta  penalty  status"]
     lines += [
         f"{info.name:<{width}}  {info.theta:5.2f}  {info.penalty:7.4f}  {info.status}"
         for info in sections
     ]
+    lines += [f"{name or 'the model'} has no gate: {why}" for name, why in left_out.items()]
+    if dropped:
+        name, rate = max(dropped.items(), key=lambda item: item[1])
+        lines.append(
+            f"the model has stochastic depth of its own, up to {rate:.0%} ({name}): "
+            "layerprune.replace_stochastic_depth sets it to 0"
+        )
     return "\n".join(lines)
 
 

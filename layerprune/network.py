@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from layerprune.compaction import remove_sections
-from layerprune.gate import Gate
+from layerprune.gates import GateBank
 from layerprune.renumber import renumber
 from layerprune.sections import Section
 
@@ -40,11 +40,12 @@ class Network:
         if ema is not None:
             self._parts.append(_averaged(ema, model, sections))
 
-    def attach(self, gates: Sequence[Gate], followers: Sequence[Gate]) -> None:
-        """Gives each section its gate, and the average's sections the gates that follow those."""
-        for (_, sections), given in zip(self._parts, (gates, followers), strict=False):
-            for section, gate in zip(sections, given, strict=True):
-                section.attach(gate)
+    def attach(self, indices: Iterable[int], bank: GateBank) -> None:
+        """Gives some sections their gates, and the average's the gates that follow those."""
+        chosen = list(indices)
+        for (_, sections), gates in zip(self._parts, (bank.gates, bank.followers), strict=False):
+            for index in chosen:
+                sections[index].attach(gates[index])
 
     def detach(self, indices: Iterable[int]) -> None:
         """Takes the gates off some sections."""

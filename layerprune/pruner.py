@@ -17,6 +17,7 @@ from layerprune.cost import Inputs, evaluating, forward_flops, relative_costs
 from layerprune.decisions import apply_verdict, attracted, check_decay, round_by_theta
 from layerprune.depth import note_eliminated
 from layerprune.difference import measured_difference
+from layerprune.drop_path import stochastic_depth
 from layerprune.evidence import PendingEvidence, StepEvidence
 from layerprune.forwards import Forwards
 from layerprune.gates import GateBank
@@ -29,8 +30,8 @@ from layerprune.network import Network
 from layerprune.prior import penalties
 from layerprune.ranks import Ranks
 from layerprune.run import RunState
-from layerprune.sections import Section, find_sections
-from layerprune.sections.discovery import Ignored
+from layerprune.sections import Section
+from layerprune.sections.discovery import Ignored, survey
 from layerprune.wrapping import check_unwrapped, renew
 
 
@@ -69,6 +70,10 @@ class LayerPruner:
             the model's are in evaluation.
         seed: key of the gates' random stream.
 
+    Attributes:
+        model: the model.
+        left_out: residual blocks that have no gate, and why, by their names.
+
     Raises:
         ValueError: if there are no sections, or an argument is out of its range.
         TypeError: if the model is wrapped or sharded, or ``ema`` is no average.
@@ -98,7 +103,11 @@ class LayerPruner:
         self.loss_reduction = loss_reduction
         config = config or PruneConfig()
         schedule = Schedule.from_config(config, total_steps)
-        found = find_sections(model, example_inputs, ignored) if sections is None else sections
+        self.left_out: dict[str, str] = {}
+        if sections is None:
+            surveyed = survey(model, example_inputs, ignored)
+            sections, self.left_out = surveyed.sections, surveyed.left_out
+        found = list(sections)
         if not found:
             raise ValueError(
                 f"{type(model).__name__} has no section that can be gated: build it with "
@@ -132,8 +141,9 @@ class LayerPruner:
         self._optimizers: tuple[torch.optim.Optimizer, ...] | None = None
         self._step_hook = drop_idle_gradients(self._run) if self.ranks.count > 1 else None
         self._stripped = self.renumbered = False
+        self._ungated = False  # everything is decided, and the gates are off
         self._learner = ThetaLearner(self._run)
-        self._network.attach(self._run.bank.gates, self._run.bank.followers)
+        self._network.attach(range(len(found)), self._run.bank)
         self._learner.allocate_probes()
         self._forwards = Forwards(
             model, self._run, self._rows_factor, flops.get("", 0.0), self._branch_flops
@@ -271,6 +281,9 @@ class LayerPruner:
                     check_decay(run, optimizers)
                 self._optimizers = optimizers
             phase, first_event = run.phase, len(run.events)
+            if self._ungated:
+                run.step_count += 1
+                return StepReport(run.step_count, phase, False, (), ())
             run.evidence.put(
                 PendingEvidence(
                     run.step_count + 1,
@@ -292,6 +305,7 @@ class LayerPruner:
             self._change_phase(phase)
             run.bank.advance()
             self._learner.allocate_probes()
+            self._take_gates_off_if_done()
         names = tuple(run.sections[index].name for index in gone)
         return StepReport(run.step_count, phase, bool(gone), names, tuple(run.events[first_event:]))
 
@@ -315,8 +329,15 @@ class LayerPruner:
         }
         if section not in gates:
             raise ValueError(f"{section!r} is no section of the model; it has {sorted(gates)}")
-        with evaluating(self.model):
-            return measured_difference(self.model, gates[section], loss)
+        (index,) = [i for i, part in enumerate(self._run.sections) if part.name == section]
+        if self._ungated:
+            self._network.attach([index], self._run.bank)
+        try:
+            with evaluating(self.model):
+                return measured_difference(self.model, gates[section], loss)
+        finally:
+            if self._ungated:
+                self._network.detach([index])
 
     def rewrap(self, ddp: nn.Module) -> nn.Module:
         """Renews a DistributedDataParallel whose model was compacted: it expects fewer gradients.
@@ -377,7 +398,8 @@ class LayerPruner:
         run = self._run
         closed = [i for i in run.where("open") if float(run.bank.theta[i]) < 0.5]
         left = [i for i, status in enumerate(run.status) if status != "eliminated"]
-        self._network.detach(left)
+        if not self._ungated:
+            self._network.detach(left)
         self._network.remove(closed)
         for index in closed:
             run.status[index] = "eliminated"
@@ -428,6 +450,7 @@ class LayerPruner:
         gone = run.where("eliminated")
         self._network.detach(gone)
         self._network.remove(gone)
+        self._take_gates_off_if_done()
 
     def keys_gone(self, state: dict) -> set[str]:
         """Keys of the model's `state_dict` that it will lack once it has a run's state.
@@ -450,7 +473,7 @@ class LayerPruner:
         )
 
     def __str__(self) -> str:
-        return table(self.sections)
+        return table(self.sections, self.left_out, stochastic_depth(self.model))
 
     def _rows_factor(self, batch_size: int) -> float:
         return float(batch_size) if self.loss_reduction == "mean" else 1.0
@@ -486,6 +509,14 @@ class LayerPruner:
             run.judge.begin_rounding(
                 len(run.where("open")), run.schedule.total_steps - run.step_count
             )
+
+    def _take_gates_off_if_done(self) -> None:
+        """Ends the gates' own cost with the last decision: the model trains on as a plain one."""
+        run = self._run
+        if run.phase == "cool-down" and not run.where("open") and not self._ungated:
+            self._network.detach(run.where("settled"))
+            self._forwards.only_count()
+            self._ungated = True
 
     def _eliminate(self, gone: list[int], optimizers: Sequence[torch.optim.Optimizer]) -> None:
         run = self._run

@@ -107,7 +107,7 @@ def opaque_section(call: Call, trace: Trace, wider: Trace) -> Section:
     x, y = call.given.get(0), call.results[0]
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape):
         raise NotGated("its output has not its input's shape")
-    if any(isinstance(r, Tensor) and trace.is_used(r, call) for r in call.results[1:]):
+    if any(isinstance(r, Tensor) and trace.uses_of(r, call) for r in call.results[1:]):
         raise NotGated("it returns further tensors that others use")
     batched, shared = _arguments(call, (), trace, wider)
     if 0 not in batched or not _grows(y, wider.calls[call.name][0].results[0], trace, wider):

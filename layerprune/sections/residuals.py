@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -134,6 +135,15 @@ def _gateable(trace: Trace, addition: Addition, steps: list[Step]) -> Branch:
     full = addition.in_place and added is addition.left
     if addition.left.shape != addition.right.shape:
         raise NoBranch("adds tensors of different shapes")
+    for step in steps:
+        # One and the same tensor may go through several of them, as through a dropout's evaluation.
+        taken = [(s.call.start, s.call.end) for s in steps if s.input is step.output]
+        if added is step.output:
+            # An addition in place makes the sum of it.
+            taken.append((addition.time - 1, math.inf if full else addition.time))
+        for time in trace.uses_of(step.output, step.call):
+            if not any(start <= time <= end for start, end in taken):
+                raise NoBranch(f"what {step.call.name} returns is used by others too")
     # A module that serves several branches stays where it is, at the chain's ends.
     shared = {step.call.name for step in steps if len(trace.calls[step.call.name]) > 1}
     while steps and steps[0].call.name in shared and _is_plain(steps[0].call.module):
@@ -148,7 +158,7 @@ def _gateable(trace: Trace, addition: Addition, steps: list[Step]) -> Branch:
         raise NoBranch("nothing in its branch has weights of its own")
     for step in kept:
         others = [r for r in tree_leaves(step.call.results) if isinstance(r, Tensor)]
-        if any(r is not step.output and trace.is_used(r, step.call) for r in others):
+        if any(r is not step.output and trace.uses_of(r, step.call) for r in others):
             raise NoBranch(f"{step.call.name} returns tensors that others use")
     if full and kept[0].input.shape != added.shape:
         raise NoBranch("adds in place to a branch whose input has another shape")

@@ -101,19 +101,16 @@ class Trace:
             default=None,
         )
 
-    def is_used(self, tensor: Tensor, after: Call) -> bool:
-        """Whether anybody takes a tensor after a call, or returns it from around that call."""
-        return (
-            any(time > after.end and used is tensor for time, used in self.uses)
-            or any(
-                call.start > after.end and any(each is tensor for each in tree_leaves(call.given))
+    def uses_of(self, tensor: Tensor, after: Call) -> list[int]:
+        """When functions take a tensor, after a call; and when a call around that returns it."""
+        return [
+            *(time for time, used in self.uses if used is tensor and time > after.end),
+            *(
+                call.end
                 for call in self._calls
-            )
-            or any(
-                call.encloses(after) and any(each is tensor for each in tree_leaves(call.results))
-                for call in self._calls
-            )
-        )
+                if call.encloses(after) and any(t is tensor for t in tree_leaves(call.results))
+            ),
+        ]
 
     def index(self) -> None:
         """Makes a whole trace ready to be asked."""
@@ -133,8 +130,10 @@ class _Additions(TorchFunctionMode):
     def __torch_function__(
         self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        self._recorder.used((args, kwargs))
+        time = self._recorder.time()
         result = function(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            self._recorder.used(time, (args, kwargs), result)
         plain = len(args) == 2 and not kwargs and all(isinstance(each, Tensor) for each in args)
         if plain and (function in _ADDITIONS or function in _IN_PLACE):
             self._recorder.added(*args, result, function in _IN_PLACE)
@@ -163,10 +162,14 @@ class _Recorder:
         addition = Addition(left, right, result, in_place, next(self._clock), tuple(self._open))
         self.trace.additions.append(addition)
 
-    def used(self, arguments: object) -> None:
-        time = next(self._clock)
+    def time(self) -> int:
+        return next(self._clock)
+
+    def used(self, time: int, arguments: object, result: object) -> None:
         leaves = tree_leaves(arguments)
-        self.trace.uses += [(time, leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        # What comes back as it was, as from a dropout in evaluation, has not been used.
+        taken = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not result]
+        self.trace.uses += [(time, leaf) for leaf in taken]
 
     def _enter(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
