@@ -59,6 +59,22 @@ def two_blocks():
     return opaque(2)
 
 
+class TwoBranches(nn.Module):
+    """Attention and an MLP, which are sections by themselves."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mixer = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.inner = nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width))
+
+    def forward(self, x):
+        y = self.norm1(x)
+        y, _ = self.mixer(y, y, y, need_weights=False)
+        x = x + y
+        return x + self.inner(self.norm2(x))
+
+
 def transformer():
     layers = [nn.TransformerEncoderLayer(16, 2, 16, 0.1, batch_first=True) for _ in range(4)]
     return Stack(layers), torch.randn(ROWS, 5, 6)
@@ -159,6 +175,29 @@ def example_of(model):
 )
 def test_a_compiled_run_is_the_plain_one(make, compile_model, before):
     run_both(make, compile_model, "aot_eager", before=before, tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_branches_inside_of_blocks():
+    """Their modules are compiled, on any number of rows; what lies in between is not."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Stack([TwoBranches(16) for _ in range(4)])
+    x, plain = torch.randn(ROWS, 5, 6), copy.deepcopy(model)
+    runs = []
+    for subject in (plain, model):
+        pruner = pruner_of(subject, x)
+        assert {info.kind for info in pruner.sections} == {"branch"}
+        if subject is model:
+            model.compile(backend="aot_eager")
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            losses, compiled, _ = train(subject, subject, pruner, x)
+        events = [(event.step, event.section, event.decision) for event in pruner.events]
+        runs.append((losses, events))
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-5, atol=1e-5)
+    assert runs[0][1] == runs[1][1] and len(runs[0][1]) >= 2
+    counts = [sum(step.values()) for step in compiled]
+    assert sum(counts[10:]) <= 2, counts
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ Imported when the first gate is attached, as `twins` is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch._dynamo.decorators import maybe_mark_dynamic
@@ -60,18 +60,31 @@ class Passage:
         repeated = current_backward() != NO_BACKWARD  # nobody watches a recomputation
         if link is self._first and not repeated:
             aside(self._enter, module.training, x)
-        # A recomputation may begin behind the first module.
-        draw = aside(self.gate.current, module.training, None) if repeated else self._draw
-        if draw is False or self._replays:
-            value = nothing(x, self._full) if link is self._last else x
-            result = in_place(value, link.place, link.width)
-        elif draw is True or draw.needs_no_gate():
+        draw = aside(self._draw_now, module.training, repeated)
+        if draw is False:
+            result = aside(self._skipped, link, x)
+        elif draw is True:
             result = forward(*args, **kwargs)
         else:
-            result = self._rows(draw, link, x, forward, args, kwargs)
+            args, kwargs = aside(self._taken, draw, link, x, args, kwargs)
+            result = forward(*args, **kwargs)
+            if link is self._last:
+                result = aside(_gated, draw, link, result)
         if link is self._last and not repeated:
             result = aside(self._leave, result)
         return result
+
+    def _draw_now(self, training: bool, repeated: bool) -> SectionDraw | bool:
+        """The draw, True where there is no need of it, and False where nothing is to run."""
+        # A recomputation may begin behind the first module.
+        draw = self.gate.current(training, None) if repeated else self._draw
+        if self._replays and not repeated:
+            return False
+        return draw if isinstance(draw, bool) or not draw.needs_no_gate() else True
+
+    def _skipped(self, link: Link, x: Tensor) -> object:
+        value = nothing(x, self._full) if link is self._last else x
+        return in_place(value, link.place, link.width)
 
     def _enter(self, training: bool, x: Tensor) -> None:
         gate = self.gate
@@ -82,38 +95,19 @@ class Passage:
             gate.on_entry()
         self._draw = gate.current(training, x.shape[0])
 
-    def _rows(
-        self,
-        draw: SectionDraw,
-        link: Link,
-        x: Tensor,
-        forward: Callable[..., object],
-        args: tuple,
-        kwargs: dict,
-    ) -> object:
-        """Runs a module on the running rows; the last one's output comes back gated."""
-        whole = draw.runs_whole()
-        if not whole:
-            rows = x
-            if link is self._first:
-                rows, _ = ops.take_rows(x, draw.rows)
-            maybe_mark_dynamic(rows, 0)
-            given = {**dict(enumerate(args)), **kwargs}
-            others = {key: value for key, value in given.items() if key not in link.keys}
-            given |= running_rows(others, draw, link.batched, link.shared)
-            given |= dict.fromkeys(link.keys, rows)
-            args = [given.pop(position) for position in range(len(args))]
-            kwargs = given
-        result = forward(*args, **kwargs)
-        if link is not self._last:
-            return result
-        y = result if link.width is None else result[link.place]
-        zeros = y.new_zeros(()).expand(draw.gate.shape[0], *y.shape[1:])
-        slot = None if whole else draw.slot
-        y = ops.gated_residual(zeros, y, graded(draw), slot, gate_grad_rows=draw.probes)
-        if link.width is None:
-            return y
-        return tuple(y if place == link.place else each for place, each in enumerate(result))
+    def _taken(
+        self, draw: SectionDraw, link: Link, x: Tensor, args: tuple, kwargs: dict
+    ) -> tuple[Sequence, dict]:
+        """The running rows of a module's arguments; from the first one on its input is of these."""
+        if draw.runs_whole():
+            return args, kwargs
+        rows = ops.take_rows(x, draw.rows)[0] if link is self._first else x
+        maybe_mark_dynamic(rows, 0)
+        given = {**dict(enumerate(args)), **kwargs}
+        others = {key: value for key, value in given.items() if key not in link.keys}
+        given |= running_rows(others, draw, link.batched, link.shared)
+        given |= dict.fromkeys(link.keys, rows)
+        return [given.pop(position) for position in range(len(args))], given
 
     def _leave(self, result: object) -> object:
         gate, link = self.gate, self._last
@@ -124,6 +118,17 @@ class Passage:
         if gate.recorder is not None:
             gate.recorder(gate, result if link.width is None else result[link.place])
         return result
+
+
+def _gated(draw: SectionDraw, link: Link, result: object) -> object:
+    """A branch's result with its output on all rows, gated: zero where it did not run."""
+    y = result if link.width is None else result[link.place]
+    zeros = y.new_zeros(()).expand(draw.gate.shape[0], *y.shape[1:])
+    slot = None if draw.runs_whole() else draw.slot
+    y = ops.gated_residual(zeros, y, graded(draw), slot, gate_grad_rows=draw.probes)
+    if link.width is None:
+        return y
+    return tuple(y if place == link.place else each for place, each in enumerate(result))
 
 
 class BranchTwin:
