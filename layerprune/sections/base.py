@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerprune.gate import Gate
 from layerprune.sections.residual import GATE_ATTRIBUTE, GatedResidual
+
+BranchCall = tuple[nn.Module, Callable[..., Tensor]]
+"""A module, and what a call of it adds to the stream, as a function of the call's arguments."""
 
 
 class Adapter(Protocol):
@@ -36,6 +40,9 @@ class Adapter(Protocol):
 
     def kept(self, module: nn.Module) -> tuple[str, ...]:
         """Names of the children that outlive the branch."""
+
+    def branch_call(self, module: nn.Module) -> BranchCall:
+        """Whose call runs the branch, and the branch, without a gate."""
 
     def nonnegative(self, module: nn.Module) -> bool:
         """Whether the section's output can hold no negative value."""
@@ -103,6 +110,10 @@ class Section:
         """Modules, and the keys of each one's `state_dict` that go when the branch goes."""
         return [(self.module, [key for key in self.module.state_dict() if self._in_branch(key)])]
 
+    def branch_calls(self) -> list[BranchCall]:
+        """Whose calls run the branch, and what runs it alone, while it has no gate."""
+        return [self.adapter.branch_call(self.module)]
+
     def _in_branch(self, name: str) -> bool:
         return name.partition(".")[0] not in self.adapter.kept(self.module)
 
@@ -150,6 +161,10 @@ class ResidualAdapter:
     def kept(self, module: GatedResidual) -> tuple[str, ...]:
         """See `Adapter`."""
         return ("shortcut", "activation")
+
+    def branch_call(self, module: GatedResidual) -> BranchCall:
+        """See `Adapter`."""
+        return module.branch, module.branch
 
     def nonnegative(self, module: GatedResidual) -> bool:
         """See `Adapter`."""

@@ -7,11 +7,12 @@ parameters and `state_dict` keys stay as they were.
 from __future__ import annotations
 
 import copy
+import functools
 
 from torch import nn
 
 from layerprune.gate import Gate
-from layerprune.sections.base import straight_path
+from layerprune.sections.base import BranchCall, straight_path
 from layerprune.sections.residual import GATE_ATTRIBUTE
 
 
@@ -68,6 +69,10 @@ class BlockAdapter:
         """See `Adapter`."""
         kept = next(getattr(module, self.activation).parameters(), None) is not None
         return ("downsample", self.activation) if kept else ("downsample",)
+
+    def branch_call(self, module: nn.Module) -> BranchCall:
+        """See `Adapter`."""
+        return module, functools.partial(self.twin._branch, module)
 
     def nonnegative(self, module: nn.Module) -> bool:
         """See `Adapter`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprune.gate import Gate
-from layerprune.sections.base import Section
+from layerprune.sections.base import BranchCall, Section
 from layerprune.sections.residual import GATE_ATTRIBUTE
 
 
@@ -107,6 +107,11 @@ class Link:
         if self.keys == (0,) and self.width is None and not self.several_arguments:
             return nn.Identity()
         return PassThrough(self.keys[0], self.place, self.width)
+
+    def output(self, *args: object, **kwargs: object) -> Tensor:
+        """What of the module's result goes on."""
+        result = self.module(*args, **kwargs)
+        return result if self.width is None else result[self.place]
 
     def among(self, modules: dict[str, nn.Module]) -> Link:
         """The link of the same name among other modules; it may have gone with its block."""
@@ -232,3 +237,7 @@ class BranchSection(Section):
     def branch_flops(self, flops: dict[str, float]) -> float:
         """See `Section`."""
         return sum(flops.get(link.name, 0.0) for link in self.links)
+
+    def branch_calls(self) -> list[BranchCall]:
+        """See `Section`."""
+        return [(link.module, link.output) for link in self.links]

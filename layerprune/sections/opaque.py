@@ -6,11 +6,18 @@ is.
 
 from __future__ import annotations
 
-from torch import nn
+import functools
+
+from torch import Tensor, nn
 
 from layerprune.gate import Gate
+from layerprune.sections.base import BranchCall
 from layerprune.sections.branch import PassThrough
 from layerprune.sections.residual import GATE_ATTRIBUTE
+
+
+def _first(module: nn.Module, *args: object, **kwargs: object) -> Tensor:
+    return module(*args, **kwargs)[0]
 
 
 class OpaqueAdapter:
@@ -64,6 +71,10 @@ class OpaqueAdapter:
     def kept(self, module: nn.Module) -> tuple[str, ...]:
         """See `Adapter`."""
         return ()
+
+    def branch_call(self, module: nn.Module) -> BranchCall:
+        """See `Adapter`."""
+        return module, module if self.width is None else functools.partial(_first, module)
 
     def nonnegative(self, module: nn.Module) -> bool:
         """See `Adapter`."""
