@@ -36,15 +36,22 @@ def batch_size_of(inputs: object) -> int:
 
 
 @contextmanager
-def evaluating(model: nn.Module):
-    """Puts every module into eval mode and restores each one's own flag afterwards."""
+def flags_kept(model: nn.Module):
+    """Restores every module's own training flag afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Puts every module into eval mode and restores each one's own flag afterwards."""
+    with flags_kept(model):
+        model.eval()
+        yield
 
 
 @contextmanager
@@ -148,7 +155,8 @@ def relative_costs(
     """What each section costs, by the measure asked for.
 
     Args:
-        cost: ``"flops"``, ``"params"``, ``"uniform"``, or a mapping from section name to cost.
+        cost: ``"flops"``, ``"params"``, ``"uniform"``, or a mapping from section name to cost, as
+            `latency.section_latencies` measures it.
         names: the sections' names.
         params: parameters of each branch.
         flops: operations of each branch.
@@ -167,6 +175,7 @@ def relative_costs(
     measures = {"flops": flops, "params": params, "uniform": [1.0] * len(names)}
     if not isinstance(cost, str) or cost not in measures:
         raise ValueError(
-            f'cost must be "flops", "params", "uniform" or a mapping by section name, got {cost!r}'
+            'cost must be "flops", "params", "uniform", "latency" or a mapping by section name, '
+            f"got {cost!r}"
         )
     return torch.tensor([float(value) for value in measures[cost]], device="cpu")

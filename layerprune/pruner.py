@@ -24,6 +24,7 @@ from layerprune.gates import GateBank
 from layerprune.idle import drop_idle_gradients
 from layerprune.info import SectionInfo, StepReport, table
 from layerprune.judge import Event, Judge
+from layerprune.latency import section_latencies
 from layerprune.learner import ThetaLearner
 from layerprune.ledger import Ledger
 from layerprune.network import Network
@@ -61,7 +62,9 @@ class LayerPruner:
         example_inputs: what the model is called with: a tensor, a sequence or a mapping.
         total_steps: number of `step` calls of the whole run; the phases follow from it.
         strength: the loss that a section of mean cost must be worth.
-        cost: ``"flops"``, ``"params"``, ``"uniform"``, or a mapping from section name to cost.
+        cost: ``"flops"``, ``"params"``, ``"uniform"``, ``"latency"`` (seconds of a training step,
+            measured on ``example_inputs``: pass a whole batch), or a mapping from section name to
+            cost.
         config: further settings.
         sections: the sections to gate; ``None`` for all that `find_sections` finds.
         ignored: modules, types or name patterns that `find_sections` leaves out.
@@ -123,11 +126,14 @@ class LayerPruner:
         flops = forward_flops(model, example_inputs)
         self._branch_flops = [section.branch_flops(flops) for section in found]
         self._parameters = [sum(p.numel() for p in s.branch_parameters()) for s in found]
-        costs = relative_costs(cost, names, self._parameters, self._branch_flops)
-        self._cost = costs / costs.mean()
-        penalty = penalties(strength, costs)
         self.ranks = Ranks()
         self.ranks.check_alike(names)
+        measured = cost == "latency"
+        if measured:
+            seconds = section_latencies(model, example_inputs, found)
+            cost = dict(zip(names, self.ranks.mean(list(seconds.values())), strict=True))
+        costs = relative_costs(cost, names, self._parameters, self._branch_flops)
+        penalty = penalties(strength, costs)
         self._run = RunState(
             sections=self._network.sections,
             config=config,
@@ -136,6 +142,7 @@ class LayerPruner:
             bank=GateBank(names, config, seed, self.ranks),
             judge=Judge(penalty, config, recheck=schedule.horizon),
             status=["open"] * len(found),
+            measured=measured,
         )
         self._agreement = Agreement(self._run, self.ranks)
         self._optimizers: tuple[torch.optim.Optimizer, ...] | None = None
@@ -188,12 +195,13 @@ class LayerPruner:
     def sections(self) -> tuple[SectionInfo, ...]:
         """All sections that the model started with, in its order."""
         run = self._run
+        cost = run.penalty / run.penalty.mean()
         return tuple(
             SectionInfo(
                 section.name,
                 section.kind,
                 float(run.bank.theta[index]),
-                float(self._cost[index]),
+                float(cost[index]),
                 float(run.penalty[index]),
                 run.status[index],
                 self._parameters[index],
@@ -438,7 +446,8 @@ class LayerPruner:
     def load_state_dict(self, state: dict) -> None:
         """Restores a run on a pruner made on the dense model: eliminated sections leave it at once.
 
-        Load the weights and make the optimizer afterwards.
+        Load the weights and make the optimizer afterwards. Costs that were measured are the state's
+        from now on, not those that this pruner has measured.
 
         Raises:
             ValueError: if the state is damaged, or of another format, model or schedule, or this

@@ -81,6 +81,12 @@ class Ranks:
         dist.all_gather(list(found.unbind()), numbers, group=self._group)
         return found
 
+    def mean(self, numbers: Sequence[float]) -> list[float]:
+        """The ranks' mean of each number, the same on all of them; they call it together."""
+        return (
+            self.gather(torch.tensor(numbers, dtype=torch.float64, device="cpu")).mean(0).tolist()
+        )
+
     def first_alone(self, do: Callable[[], None]) -> None:
         """Lets rank 0 do something before all go on; they call it together.
 

@@ -33,6 +33,7 @@ class RunState:
         bank: the gates, theta and the random stream.
         judge: the decision tests.
         status: what became of each section.
+        measured: whether the penalties rest on a measurement, which no two runs agree in.
         evidence: what the last steps said and is not learnt from yet.
         step_count: steps done.
         learning_since: the step at which theta began to move; None before.
@@ -47,6 +48,7 @@ class RunState:
     bank: GateBank
     judge: Judge
     status: list[Status]
+    measured: bool = False
     evidence: EvidenceQueue = field(default_factory=EvidenceQueue)
     step_count: int = 0
     learning_since: int | None = None
@@ -74,6 +76,7 @@ class RunState:
             "learning_since": self.learning_since,
             "status": list(self.status),
             "penalty": self.penalty.clone(),
+            "measured": self.measured,
             "config": asdict(self.config),
             "bank": self.bank.state_dict(),
             "judge": self.judge.state_dict(),
@@ -109,15 +112,31 @@ class RunState:
             )
         if self.step_count:
             raise ValueError("load the state into a pruner freshly made on the dense model")
-        config = asdict(self.config)
-        if not torch.equal(state["penalty"].cpu(), self.penalty) or state["config"] != config:
+        if not self._has_penalty(state) or state["config"] != asdict(self.config):
             raise ValueError(
                 "the state is of a run with another strength, cost or configuration than this one"
             )
         check_progress(state)
 
+    def _has_penalty(self, state: dict) -> bool:
+        """Whether a state's penalties are this run's, or measured ones of the same strength."""
+        saved = state["penalty"].cpu()
+        if self.measured != state.get("measured", False):  # states of older versions are not
+            return False
+        if not self.measured:
+            return torch.equal(saved, self.penalty)
+        alike = saved.shape == self.penalty.shape and saved.dtype == self.penalty.dtype
+        return (
+            alike
+            and bool((saved > 0).all())
+            and torch.allclose(saved.mean(), self.penalty.mean(), rtol=1e-5)
+        )
+
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` returned, of a state that `check` takes.
+
+        Penalties that were measured are the state's afterwards: the run goes on by the ones that
+        its decisions so far rest on.
 
         Raises:
             ValueError: as `check`.
@@ -126,6 +145,8 @@ class RunState:
         self.step_count = state["step_count"]
         self.learning_since = state["learning_since"]
         self.status[:] = state["status"]
+        self.penalty.copy_(state["penalty"])
+        self.judge.penalty = self.penalty.tolist()
         self.bank.load_state_dict(state["bank"])
         self.judge.load_state_dict(state["judge"])
         self.evidence.load_state_dict(state["evidence"])

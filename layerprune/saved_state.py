@@ -38,6 +38,7 @@ def check_settings(state: Any) -> None:
         "names": _several(_of_kind(str)),
         "total_steps": _whole(),
         "penalty": _of_kind(Tensor),
+        "measured": _optional(_of_kind(bool)),
         "config": _mapping(_of_kind(str), _of_kind(_PLAIN)),
     }.items():
         check(state.get(name), name)

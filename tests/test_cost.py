@@ -140,7 +140,7 @@ def test_penalties_are_in_proportion_to_the_cost(cost, expected):
 @pytest.mark.parametrize(
     "cost, message",
     [
-        ("latency", '"flops", "params", "uniform"'),
+        ("speed", '"flops", "params", "uniform", "latency"'),
         (3.0, '"flops"'),
         ({"0": 1.0}, "no value for section '1'"),
         ({"0": 1.0, "1": 0.0}, "above 0"),
