@@ -44,7 +44,7 @@ def train_command(
     strength: Annotated[
         float | None, typer.Option(help="Loss that a layer of mean cost must be worth.")
     ] = None,
-    cost: Annotated[str | None, typer.Option(help="flops, params or uniform.")] = None,
+    cost: Annotated[str | None, typer.Option(help="flops, params, uniform or latency.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that fetch data.")] = None,
     channels_last: Annotated[

@@ -124,12 +124,12 @@ def test_verify_takes_any_checkpoint(run, finished, tmp_path, monkeypatch):
 def test_flags_override_the_recipe(run, recipe, tmp_path):
     output = tmp_path / "run"
     flags = "--epochs 1 --batch-size 32 --opt adam --lr 1e-3 --weight-decay 0 --strength 0.5"
-    flags += " --cost params --seed 4 --set looks=3 --set max_descending=null --set horizon=5e-2"
+    flags += " --cost latency --seed 4 --set looks=3 --set max_descending=null --set horizon=5e-2"
     code, _, err = run("train", recipe, "--output", output, *flags.split())
     assert (code, err) == (0, "")
     found = yaml.safe_load((output / "args.yaml").read_text())
     expected = {"epochs": 1, "batch_size": 32, "opt": "adam", "lr": 1e-3, "weight_decay": 0}
-    expected |= {"strength": 0.5, "cost": "params", "seed": 4, "prune": True, "name": "small"}
+    expected |= {"strength": 0.5, "cost": "latency", "seed": 4, "prune": True, "name": "small"}
     expected["prune_config"] = {"looks": 3, "max_descending": None, "horizon": 5e-2}
     assert {key: found[key] for key in expected} == expected
 

@@ -75,10 +75,18 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def build_network(recipe: Recipe, splits: DataSplits, device: torch.device) -> Network:
+def build_network(
+    recipe: Recipe, splits: DataSplits, device: torch.device, ranks: int = 1
+) -> Network:
     """Builds the dense network for a data set, with a pruner on it if the recipe prunes.
 
     Weights come from torch's default generator: seed it first.
+
+    Args:
+        recipe: what to build, and how it is going to be trained.
+        splits: the data set.
+        device: where.
+        ranks: that share a batch.
 
     Raises:
         RecipeError: the model, the pruner or the number of steps does not go with the data.
@@ -108,16 +116,20 @@ def build_network(recipe: Recipe, splits: DataSplits, device: torch.device) -> N
             average = get_ema_multi_avg_fn(recipe.model_ema_decay)
             ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         if recipe.prune:
-            pruner = LayerPruner(
-                model,
-                example_inputs=example,
-                total_steps=total,
-                strength=recipe.strength,
-                cost=recipe.cost,
-                config=recipe.pruning(),
-                seed=recipe.seed,
-                ema=ema,
-            )
+            if recipe.cost == "latency":
+                # As each rank trains.
+                example = example.new_zeros(recipe.batch_size // ranks, *example.shape[1:])
+            with precision(recipe, device):
+                pruner = LayerPruner(
+                    model,
+                    example_inputs=example,
+                    total_steps=total,
+                    strength=recipe.strength,
+                    cost=recipe.cost,
+                    config=recipe.pruning(),
+                    seed=recipe.seed,
+                    ema=ema,
+                )
     except (RuntimeError, TypeError, ValueError) as error:  # also where memory does not suffice
         raise RecipeError(f"recipe {recipe.name}: {error}") from error
     return Network(model, pruner, ema, {"name": recipe.model, "kwargs": kwargs}, steps, total)

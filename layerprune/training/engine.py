@@ -110,7 +110,7 @@ def _prepare(folder: Path, recipe: Recipe, resume: bool) -> None:
 def _network(recipe: Recipe, splits: DataSplits, device: torch.device, ranks: Ranks) -> Network:
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
-    network = build_network(recipe, splits, device)
+    network = build_network(recipe, splits, device, ranks.count)
     if ranks.rank > 0:
         # The weights are the same on all ranks; dropout masks are not to be.
         torch.manual_seed(recipe.seed + ranks.rank)

@@ -85,7 +85,7 @@ class Recipe:
     augment: bool = True
     prune: bool = True
     strength: float = 0.02
-    cost: Literal["flops", "params", "uniform"] = "flops"
+    cost: Literal["flops", "params", "uniform", "latency"] = "flops"
     prune_config: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     seed: int = 0
