@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from layerprune.depth import rename_eliminated, shrink_config
+from layerprune.depth import number_caches, rename_eliminated, shrink_config
 from layerprune.sections.branch import PassThrough
 
 
@@ -53,6 +53,7 @@ def renumber(model: nn.Module, eliminated: Iterable[str]) -> nn.Module:
             if index not in kept:
                 del container[index]
     rename_eliminated(model, modules)
+    number_caches(model)  # the types of fewer layers are a smaller cache's
     return model
 
 

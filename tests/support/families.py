@@ -200,8 +200,7 @@ _SWINS = {"inputs": _SMALL, "sections": {"branch": 6}, "names": r"features\.\d\.
           "block": "features.1.1"}  # fmt: skip
 _TIMM_VITS = {"inputs": _SMALL, "sections": {"branch": 4}, "names": r"blocks\.\d\.(attn|mlp)",
               "block": "blocks.1"}  # fmt: skip
-_TIMM_RESNET = {"sections": {"opaque": 2}, "names": r"layer\d\.\d", "block": "layer1.1",
-                "left_out": 4}  # fmt: skip
+_TIMM_RESNET = {"sections": {"twin": 6}, "names": r"layer\d\.\d", "block": "layer1.1"}
 
 FAMILIES = {
     "torchvision-resnet18": _torchvision(
