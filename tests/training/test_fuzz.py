@@ -248,6 +248,46 @@ def test_hostile_structures(original, target):
     assert refused > 400
 
 
+class TwoBranches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(2))
+        self.mixer, self.mlp = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    def forward(self, x, scale=1.0):
+        x = x + self.mixer(self.norms[0](x))
+        return x + self.mlp(self.norms[1](x))
+
+
+def two_branches():
+    return nn.Sequential(TwoBranches(), TwoBranches(), nn.Linear(4, 2))
+
+
+def test_hostile_structures_of_branches(tmp_path):
+    """Likewise of sections inside of blocks, whose modules are named one by one."""
+    torch.manual_seed(0)
+    model, x = two_branches(), torch.randn(3, 4)
+    pruner = LayerPruner(model, example_inputs=x, total_steps=100, strength=1)
+    expected = set(model.state_dict())
+    pruner._eliminate([0, 1, 3], ())
+    target = tmp_path / "checkpoint-1"
+    layerprune.save(target, pruner, example_inputs=x, training={})
+    plain = load_model(target, two_branches)[0]
+    assert plain(x).equal(pruner.strip().eval()(x))
+    structure = json.loads((target / STRUCTURE).read_text())
+    del structure["checksums"]
+    places = [path for path in paths(structure["sections"]) if path]
+    generator, refused = random.Random(1), 0
+    for path, odd in generator.sample([(path, odd) for path in places for odd in ODD], 400):
+        sign(target, replaced(structure, ("sections", *path), odd))
+        found = outcome(lambda: load_model(target, two_branches), target)
+        refused += found is None
+        if found is not None:
+            outcome(lambda: gated_model(target, two_branches), target)
+            assert set(found[0].state_dict()) <= expected
+    assert refused > 150
+
+
 @pytest.mark.parametrize(
     "text",
     [
