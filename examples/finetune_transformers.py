@@ -82,7 +82,7 @@ def main(pretrained=None, steps=300):
     pruner = pruning.pruner
     print(pruner)
     for event in pruner.events:
-        print(f"step {event.step}: {event.section} {event.decision} by {event.by}")
+        print(event)
     print(f"training took {pruner.ledger.fraction:.0%} of the operations of a dense run")
     loss = trainer.evaluate()["eval_loss"]
     print(f"held-out loss {loss:.2f} per token, {pruner.model.num_parameters()} parameters")

@@ -77,7 +77,7 @@ def main(epochs=20):
     pruner = pruning.pruner
     print(pruner)
     for event in pruner.events:
-        print(f"step {event.step} of {pruner.total_steps}: {event.section} {event.decision}")
+        print(event)
     print(f"training took {pruner.ledger.fraction:.0%} of the operations of a dense run")
     (result,) = trainer.test(net, DataLoader(test, batch_size=360), verbose=False)
     print(f"accuracy {result['accuracy']:.1%}")

@@ -51,11 +51,7 @@ def main(epochs=10, output="runs/resnet18"):
             optimizer.zero_grad()
             scheduler.step()
             for event in report.events:
-                print(f"step {event.step}: {event.section} {event.decision} by {event.by}", end="")
-                if event.difference is not None:
-                    gain, error = -event.difference, event.standard_error
-                    print(f", worth {gain:+.3f} ± {error:.3f} of {event.penalty:.3f}", end="")
-                print()
+                print(event)
     print(pruner)
     print(f"training took {pruner.ledger.fraction:.0%} of the operations of a dense run")
 

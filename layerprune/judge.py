@@ -50,6 +50,13 @@ class Event:
     penalty: float
     theta: float
 
+    def __str__(self) -> str:
+        told = f"step {self.step}: {self.section} {self.decision} by {self.by}"
+        if self.difference is None:
+            return told
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return f"{told}, worth {-self.difference:+.4f}{error} (needed: {self.penalty:.4f})"
+
 
 class Judge:
     """Measures one section at a time and decides about it.

@@ -7,7 +7,7 @@ import torch
 
 from layerprune import PruneConfig
 from layerprune.elimination import Measurement
-from layerprune.judge import Judge
+from layerprune.judge import Event, Judge
 
 PENALTY = 0.05
 OPEN = ["open"] * 4
@@ -306,3 +306,10 @@ def test_a_judge_put_off_is_restored():
     ]
     assert chosen[0] == chosen[1]
     assert chosen[0][0] is None and chosen[0][-1] is not None
+
+
+def test_an_event_reads_as_a_sentence():
+    event = Event(7, "a", "eliminated", "test", -0.0012, 0.0003, 8, 0.01, 0.0)
+    assert str(event) == "step 7: a eliminated by test, worth +0.0012 ± 0.0003 (needed: 0.0100)"
+    without = Event(9, "a", "rounded-on", "rounding", None, None, 0, 0.01, 0.6)
+    assert str(without) == "step 9: a rounded-on by rounding"
