@@ -1,11 +1,11 @@
-"""Writes the tables of docs/performance.md, docs/recipes.md and README.md from the results.
+"""Writes the tables of docs/*.md and README.md from the results.
 
     python benchmarks/tables.py
 
 A table stands between `<!-- table: name -->` and `<!-- /table -->`; the name is that of a result in
 benchmarks/results, or "gpu" for all that GPUs' folders hold. A study makes several tables: the name
 is then `study-small:methods`, with one of `study.tables.BLOCKS` behind the colon, or `machine`.
-Those of recipes and loading make two each.
+Those of recipes, loading and families make two each.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import re
 from pathlib import Path
 
+from family_tables import every, summary
 from figures import median, times_compile
 from markdown_table import Column, figures, of, table
 from recipe_tables import loading_parts, loading_rates, recipe_counts, recipe_steps
@@ -21,9 +22,16 @@ from study.tables import BLOCKS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "recipes.md", ROOT / "README.md")
+PAGES = (
+    *(ROOT / "docs" / f"{name}.md" for name in ("models", "performance", "recipes")),
+    ROOT / "README.md",
+)
 # Beside a table of the same result that says what it was measured on.
-FURTHER = {"recipes-cpu:counts": recipe_counts, "loading-cpu:parts": loading_parts}
+FURTHER = {
+    "recipes-cpu:counts": recipe_counts,
+    "loading-cpu:parts": loading_parts,
+    "families:summary": summary,
+}
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOTHING = (
     "**No GPU has run the CUDA and Triton kernels yet: there are no figures of theirs.**\n"
@@ -61,6 +69,7 @@ def section(name: str, results: Path) -> str:
         "digits-resnet32-overhead": cpu_overhead,
         "recipes-cpu": recipe_steps,
         "loading-cpu": loading_rates,
+        "families": every,
     }
     result = json.loads(path.read_text())
     return f"{measured_on(result)}\n\n{make[name](result)}"

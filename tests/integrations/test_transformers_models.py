@@ -1,0 +1,201 @@
+"""Models of transformers that lost sections: caches, configurations, files, hybrids, two stacks."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import layerprune
+from layerprune import eliminate_sections, find_sections, renumber, verify
+from layerprune.compaction import remove_sections
+from layerprune.gate import Gate
+from layerprune.sections.discovery import survey
+
+transformers = pytest.importorskip("transformers")
+
+# `cache` is its new name, which no older version knows.
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+
+WORDS, LENGTH, LAYERS, PROMPT, WINDOW = 32, 9, 4, 5, 4
+EXAMPLE = {"input_ids": torch.ones(2, 6, dtype=torch.long)}
+ENDLESS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+COMMON = {
+    "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "vocab_size": WORDS,
+    "max_position_embeddings": 32, **ENDLESS,
+}  # fmt: skip
+GROUPED = {**COMMON, "intermediate_size": 24, "num_key_value_heads": 1}
+GEMMA = {**GROUPED, "head_dim": 8, "sliding_window": WINDOW}
+TYPES = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+GPT2 = {"n_embd": 16, "n_layer": LAYERS, "n_head": 2, "vocab_size": WORDS, "n_positions": 32}
+DECODERS = {
+    "GPT2LMHeadModel": ("GPT2Config", {**GPT2, **ENDLESS}),
+    "LlamaForCausalLM": ("LlamaConfig", GROUPED),
+    "MistralForCausalLM": ("MistralConfig", {**GROUPED, "sliding_window": WINDOW}),
+    "Gemma2ForCausalLM": ("Gemma2Config", GEMMA),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", {**GEMMA, "layer_types": TYPES}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**COMMON, "intermediate_size": 24}),
+}
+HYBRIDS = ["Gemma2ForCausalLM", "Gemma3ForCausalLM"]
+ATTENTION, WHOLE = "the first layer's attention", "two layers"
+# Attentions of the sliding kind are in layers 0 and 2.
+LOST = {
+    ATTENTION: ["0 attention"],
+    "an inner attention": ["2 attention"],
+    "the attention of one kind": ["0 attention", "2 attention"],
+    WHOLE: ["0 attention", "0 mlp", "2 attention", "2 mlp"],
+    "a layer and an attention": ["0 attention", "0 mlp", "1 attention"],
+}
+
+
+def _decoder(name):
+    config, options = DECODERS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
+    for value in model.state_dict().values():
+        value.add_(0.3 * torch.randn_like(value))
+    return model
+
+
+def _chosen(model, lost):
+    sections = find_sections(model, EXAMPLE)
+    assert len(sections) == 2 * LAYERS
+    kinds = {"attention": 0, "mlp": 1}
+    places = [entry.split() for entry in LOST[lost]]
+    return [sections[2 * int(layer) + kinds[part]] for layer, part in places]
+
+
+def _without(name, lost):
+    model = _decoder(name)
+    chosen = _chosen(model, lost)
+    remove_sections(model, chosen)
+    return model, [section.name for section in chosen]
+
+
+@torch.no_grad()
+def _check_generation(model):
+    """With a cache as without one, by the library's loop and by one's own, beyond the window."""
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(2, WORDS, (3, PROMPT), generator=generator)
+    cached, whole = (
+        model.generate(prompt, max_length=LENGTH, do_sample=False, use_cache=use)
+        for use in (True, False)
+    )
+    assert cached.shape == (3, LENGTH) and cached.equal(whole)
+    past, found = None, []
+    for start, end in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, LENGTH))]:
+        step = model(whole[:, start:end], past_key_values=past, use_cache=True)
+        past = step.past_key_values
+        found.append(step.logits)
+    expected = model(whole, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-4)
+    return expected
+
+
+@pytest.mark.parametrize(
+    "name, lost",
+    [*((name, ATTENTION) for name in DECODERS), *itertools.product(HYBRIDS, [*LOST][1:])],
+)
+def test_generation_with_a_cache(name, lost):
+    model, chosen = _without(name, lost)
+    expected = _check_generation(model)
+    assert _check_generation(renumber(model, chosen)).equal(expected)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_configuration_has_the_true_depth(name, tmp_path):
+    """Whole layers: what was saved is loaded as any model of that depth is."""
+    model, chosen = _without(name, WHOLE)
+    expected = _check_generation(model)
+    renumber(model, chosen)
+    assert model.config.num_hidden_layers == LAYERS - 2
+    if name in HYBRIDS:
+        assert model.config.layer_types == ["full_attention"] * 2
+    assert not any("layerprune" in type(module).__module__ for module in model.modules())
+    model.save_pretrained(tmp_path)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert _check_generation(loaded.eval()).equal(expected)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "Gemma2ForCausalLM"])
+@pytest.mark.parametrize(
+    "lost, renumbered", [(ATTENTION, False), ("a layer and an attention", True)]
+)
+def test_half_layers_are_taken_out_again_behind_from_pretrained(name, lost, renumbered, tmp_path):
+    model = _decoder(name)
+    chosen = [section.name for section in _chosen(model, lost)]
+    pruner = layerprune.LayerPruner(model, example_inputs=EXAMPLE, total_steps=100, strength=0.1)
+    for index, info in enumerate(pruner.sections):
+        pruner._run.bank.theta[index] = float(info.name not in chosen)
+    pruner.strip(renumber=renumbered)
+    expected = _check_generation(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    eliminate_sections(loaded, loaded.config.layerprune_eliminated, EXAMPLE)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert _check_generation(loaded.eval()).equal(expected)
+
+
+def test_types_of_layers_follow_a_renumbering():
+    model, chosen = _without("Gemma3ForCausalLM", "a layer and an attention")
+    renumber(model, chosen)
+    assert model.config.layer_types == TYPES[1:]
+    numbers = {n: m.layer_idx for n, m in model.named_modules() if hasattr(m, "q_proj")}
+    # What is left is sliding, full; the places of a cache are full, sliding, full.
+    assert numbers == {"model.layers.1.self_attn": 1, "model.layers.2.self_attn": 0}
+
+
+def _t5():
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=WORDS,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def _bart():
+    config = transformers.BartConfig(
+        d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=WORDS,
+        max_position_embeddings=32, decoder_start_token_id=2, forced_eos_token_id=None, **ENDLESS,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [_t5, _bart])
+def test_an_encoder_and_a_decoder(build):
+    """What is found can go, one by one and all; what is left out has a reason."""
+    torch.manual_seed(0)
+    model = build().eval()
+    for value in model.state_dict().values():
+        value.add_(0.2 * torch.randn_like(value))
+    inputs = {
+        "input_ids": torch.randint(1, WORDS, (3, 6)),
+        "decoder_input_ids": torch.randint(1, WORDS, (3, 4)),
+    }
+    found = survey(model, inputs)
+    names = [section.name for section in found.sections]
+    assert names and all(found.left_out.values())
+    attentions = [name for name in names if "attn" in name]
+    if build is _t5:  # the first layer's position bias serves the others
+        assert not attentions and len(found.left_out) == 6
+    for gone in (names[:1], names[-1:], attentions[4:5], names):
+        gated, compacted = copy.deepcopy(model), copy.deepcopy(model)
+        for section in found.sections:
+            gate = Gate(section.name)
+            gate.is_open = section.name not in gone
+            section.in_model(gated).attach(gate)
+        chosen = [section for section in found.sections if section.name in gone]
+        remove_sections(compacted, [section.in_model(compacted) for section in chosen])
+        assert verify(gated, compacted, [{**inputs, "use_cache": False}]) == 0.0
+        with torch.no_grad():
+            cached, whole = (
+                compacted.generate(inputs["input_ids"], max_length=7, use_cache=use)
+                for use in (True, False)
+            )
+        assert cached.equal(whole), gone
