@@ -6,11 +6,14 @@ import re
 
 from markdown_table import of, table
 
+BRANCH = "a block's branch, beside its shortcut"
 SECTION_IS = {
-    "twin": "a block's branch, beside its shortcut",
-    "opaque": "a whole block",
-    "branch": "attention, MLP or the like, each by itself",
+    ("twin",): BRANCH,
+    ("branch", "opaque"): f"a whole block, or {BRANCH}",
+    ("opaque",): "a whole block",
+    ("branch",): "attention, MLP and the like, each by itself",
 }
+"""By the kinds that a model has."""
 
 
 def summary(result: dict) -> str:
@@ -21,7 +24,7 @@ def summary(result: dict) -> str:
     columns = {
         "models": lambda rows: ", ".join(row["label"] for row in rows),
         "of": lambda rows: rows[0]["library"],
-        "a section is": lambda rows: "; or ".join(SECTION_IS[kind] for kind in kinds(rows[0])),
+        "a section is": lambda rows: SECTION_IS[kinds(rows[0])],
         "kind": lambda rows: ", ".join(f"`{kind}`" for kind in kinds(rows[0])),
         "removed against gated": lambda rows: verified(
             max(row["difference"] for row in rows), sum(row["structures"] for row in rows)

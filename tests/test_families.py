@@ -2,8 +2,10 @@
 
 import copy
 import io
+import json
 import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,8 @@ from layerprune.sections.branch import PassThrough
 from layerprune.sections.discovery import survey
 
 ROWS, STEPS = 6, 20
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+TABLED = json.loads((RESULTS / "families.json").read_text())["rows"]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -84,10 +88,15 @@ def _goes(key, section):
 
 
 def test_sections(case):
+    """As expected, and as the tables say."""
     family = case.family
     assert Counter(section.kind for section in case.sections) == family.sections
     assert all(re.fullmatch(family.names, section.name) for section in case.sections)
     assert len(case.left_out) == family.left_out
+    (row,) = [row for row in TABLED if FAMILIES[row["family"]] is family]
+    told = [{"name": section.name, "kind": section.kind} for section in case.sections]
+    assert row["sections"] == told, "run: python benchmarks/verify_families.py"
+    assert row["left_out"] == case.left_out
 
 
 def test_from_training_to_a_plain_model(case, tmp_path):

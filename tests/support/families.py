@@ -161,7 +161,8 @@ def _timm_efficientnet():
     return timm.models.EfficientNet(stages, CLASSES, num_features=16, stem_size=8)
 
 
-_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": WORDS, "n_positions": 32}
+_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": WORDS, "n_positions": 32,
+         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 _OPT = {
     "hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 2, "ffn_dim": 24,
     "num_attention_heads": 2, "vocab_size": WORDS, "max_position_embeddings": 32,
