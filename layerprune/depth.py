@@ -50,7 +50,8 @@ def number_caches(model: nn.Module) -> None:
         for number, module in enumerate(modules):
             module.layer_idx = number
     for container, layers in hybrids.items():
-        _number_by_type(_config_of(model, container), layers)
+        blocks = model.get_submodule(container).children()
+        _number_by_type(_config_of(model, container), blocks, layers)
 
 
 def _config_of(model: nn.Module, name: str) -> object | None:
@@ -77,17 +78,24 @@ def _place_in_hybrid(model: nn.Module, name: str) -> tuple[str, int] | None:
     return None
 
 
-def _number_by_type(config: object, layers: Mapping[int, Sequence[nn.Module]]) -> None:
+def _number_by_type(
+    config: object, blocks: Iterable[nn.Module], layers: Mapping[int, Sequence[nn.Module]]
+) -> None:
     """Gives layers the numbers of a cache's places of their types.
 
     Args:
         config: its types are those of the cache's places, too. A type of which no layer is left
             would have the first place and never fill it: it goes.
-        layers: what is left of them, by their places among all.
+        blocks: all layers, or what is left of them.
+        layers: those of their modules that keep something, by the places of the layers.
     """
     types = config.layer_types
     left = [types[place] for place in sorted(layers)]
     config.layer_types = types = [kind if kind in left else left[0] for kind in types]
+    for place, block in enumerate(blocks):
+        # What is left of a layer may ask for the mask of its type by a name of its own.
+        if hasattr(block, "attention_type"):
+            block.attention_type = types[place]
     free = {kind: [i for i, each in enumerate(types) if each == kind] for kind in left}
     for place in sorted(layers):
         number = free[types[place]].pop(0)

@@ -152,6 +152,11 @@ def _vanishing(block: ResidualBlock, trace: Trace) -> Block | None:
         return None
     if len(trace.calls[call.name]) > 1 or not isinstance(call.given.get(0), Tensor):
         return None
+    # What is written in place leaves the stream the same tensor, and yet another one.
+    steps = [step.call for branch in block.branches for step in branch.steps]
+    for time in trace.writes:
+        if call.start < time < call.end and not any(s.start < time < s.end for s in steps):
+            return None
     link = Link(call.name, call.module, width=call.width, several_arguments=len(call.given) > 1)
     return Block(link, len(block.branches))
 

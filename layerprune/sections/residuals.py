@@ -57,14 +57,17 @@ def residual_additions(trace: Trace) -> Iterator[tuple[Addition, tuple[Branch, .
     """
     sums: list[tuple[Tensor, Tensor]] = []
     for addition in trace.additions:
+        if any(_adds(addition, *pair) for pair in sums):
+            yield addition, ()
+            continue
         left, right = (_way(trace, t, addition.time) for t in (addition.left, addition.right))
         meeting = _meeting(addition, left, right)
         if meeting is None:
-            if any(_adds(addition, *pair) for pair in sums):
-                yield addition, ()
             continue
         left, right, root = left[: meeting[0]], right[: meeting[1]], meeting[2]
         try:
+            if addition.left is addition.right:
+                raise NoBranch("adds a tensor to itself")
             chains = _branches(trace, addition, left, right, root)
             if len(chains) > 1:
                 sums.append((addition.result, root))
@@ -93,7 +96,8 @@ def _meeting(
     theirs = [addition.right, *(step.input for step in right)]
     for i, tensor in enumerate(ours):
         for j, other in enumerate(theirs):
-            if tensor is other and (i or j):
+            # What two embeddings of the same numbers give is no residual stream.
+            if tensor is other and (i or j) and tensor.is_floating_point():
                 return i, j, tensor
     return None
 

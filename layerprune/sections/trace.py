@@ -85,6 +85,7 @@ class Trace:
         calls: by module name, in their order.
         additions: in their order.
         uses: when a function took a tensor, and the tensor.
+        writes: when a function wrote into a tensor in place, but for additions.
     """
 
     rows: int
@@ -92,6 +93,9 @@ class Trace:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     additions: list[Addition] = field(default_factory=list)
     uses: list[tuple[int, Tensor]] = field(default_factory=list)
+    writes: list[int] = field(default_factory=list)
+    _calls: list[Call] = field(default_factory=list)
+    _by_result: dict[int, list[Call]] = field(default_factory=dict)
 
     def producer(self, tensor: object, before: int) -> Call | None:
         """The call that gave a tensor last, before a time; of nested ones the outermost."""
@@ -115,14 +119,15 @@ class Trace:
     def index(self) -> None:
         """Makes a whole trace ready to be asked."""
         self._calls = list(itertools.chain.from_iterable(self.calls.values()))
-        self._by_result: dict[int, list[Call]] = {}
         for call in self._calls:
             for result in call.results:
                 if isinstance(result, Tensor):
                     self._by_result.setdefault(id(result), []).append(call)
 
 
-class _Additions(TorchFunctionMode):
+class _Functions(TorchFunctionMode):
+    """Tells a recorder what functions do with tensors."""
+
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
         self._recorder = recorder
@@ -131,12 +136,18 @@ class _Additions(TorchFunctionMode):
         self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         time = self._recorder.time()
+        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [tensor._version for tensor in taken]
         result = function(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            self._recorder.used(time, (args, kwargs), result)
+        in_place = function in _IN_PLACE
         plain = len(args) == 2 and not kwargs and all(isinstance(each, Tensor) for each in args)
-        if plain and (function in _ADDITIONS or function in _IN_PLACE):
-            self._recorder.added(*args, result, function in _IN_PLACE)
+        if plain and (function in _ADDITIONS or in_place):
+            self._recorder.added(*args, result, in_place)
+        elif any(t._version != v for t, v in zip(taken, versions, strict=True)):
+            self._recorder.trace.writes.append(time)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            # What comes back as it was, as from a dropout in evaluation, has not been used.
+            self._recorder.trace.uses += [(time, t) for t in taken if t is not result]
         return result
 
 
@@ -164,12 +175,6 @@ class _Recorder:
 
     def time(self) -> int:
         return next(self._clock)
-
-    def used(self, time: int, arguments: object, result: object) -> None:
-        leaves = tree_leaves(arguments)
-        # What comes back as it was, as from a dropout in evaluation, has not been used.
-        taken = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not result]
-        self.trace.uses += [(time, leaf) for leaf in taken]
 
     def _enter(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -206,9 +211,9 @@ def record(model: nn.Module, inputs: Inputs) -> tuple[Trace, Trace, tuple[Tensor
         else:
             return first, second, resized
     raise ValueError(
-        f"the model does not run with example_inputs of {rows} rows: {error}. Give inputs "
-        "as the training "
-        "loop does, with the batch in the first dimension."
+        f"the model does not run with example_inputs of {rows} rows: {error}. Give inputs as the "
+        "training loop does, with the batch in the first dimension. If it runs with them, one of "
+        "its operations cannot be traced without values, or not in this dtype."
     ) from error
 
 
@@ -226,7 +231,7 @@ def _resizings(inputs: Inputs) -> Iterator[tuple[Tensor, ...]]:
 def _traced(model: nn.Module, inputs: Inputs, rows: int, resized: tuple[Tensor, ...]) -> Trace:
     recorder = _Recorder(model, rows)
     try:
-        with _Additions(recorder):
+        with _Functions(recorder):
             output = dry_run(model, inputs, rows, resized)
     finally:
         recorder.close()

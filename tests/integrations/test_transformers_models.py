@@ -199,3 +199,20 @@ def test_an_encoder_and_a_decoder(build):
                 for use in (True, False)
             )
         assert cached.equal(whole), gone
+
+
+def test_what_is_left_of_the_only_layer_of_a_type():
+    """ModernBERT's layers ask for the mask of their own type, of which there may be none now."""
+    config = transformers.ModernBertConfig(
+        **{**COMMON, "num_hidden_layers": 3, "intermediate_size": 24, "local_attention": WINDOW},
+        cls_token_id=1,
+        sep_token_id=1,
+    )
+    model = transformers.ModernBertForSequenceClassification(config).eval()
+    closed, words = copy.deepcopy(model), {"input_ids": torch.randint(2, WORDS, (2, 12))}
+    first = survey(model, words).sections[0]
+    gate = Gate(first.name)
+    gate.is_open = False
+    first.in_model(closed).attach(gate)
+    remove_sections(model, [first])
+    assert verify(closed, model, [words]) == 0.0

@@ -137,6 +137,24 @@ class InPlace(nn.Module):
         return self.head(z)
 
 
+class EndsInPlace(TwoBranches):
+    """As Gemma 4's layers, which scale the stream in place."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        x *= 0.5
+        return x
+
+
+class Parallel(TwoBranches):
+    """As Falcon's layers: a sum in place is the very tensor that the MLP returned."""
+
+    def forward(self, x):
+        y = self.mlp(self.norm2(x))
+        y += self.mixer(self.norm1(x))
+        return y + x
+
+
 def residual(*blocks):
     return nn.Sequential(*blocks, nn.Linear(WIDTH, 2))
 
@@ -157,6 +175,11 @@ CASES = {
         lambda: residual(TwoBranches(norm_last=True)),
         {"0.mixer": "branch", "0.mlp": "branch"},
     ),
+    "ends in place": (
+        lambda: residual(EndsInPlace(), EndsInPlace()),
+        {f"{i}.{part}": "branch" for i in range(2) for part in ("mixer", "mlp")},
+    ),
+    "parallel": (lambda: residual(Parallel()), {"0.mixer": "branch", "0.mlp": "branch"}),
     "in place": (InPlace, {"one": "branch", "two": "branch"}),
     "beside own sections": (
         lambda: residual(GatedResidual(nn.Linear(WIDTH, WIDTH)), Block()),
