@@ -138,7 +138,8 @@ class Recipe:
             raise RecipeError("nesterov needs a momentum above 0, got 0")
         if self.warmup_epochs > self.epochs:
             raise RecipeError(
-                f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}"
+                f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}: "
+                "set both for a shorter run (--warmup-epochs)"
             )
         if self.prune and self.without:
             raise RecipeError("without is for a control of given depth: it needs prune: false")

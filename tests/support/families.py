@@ -405,7 +405,6 @@ FAMILIES = {
         names=r"model\.(encoder|decoder)\.layers\.\d\.(self_attn|encoder_attn|fc1)",
         block="model.decoder.layers.1",
         vanishes=False,
-        left_out=1,
     ),
     "transformers-vit": _transformers(
         "ViT",
