@@ -53,7 +53,7 @@ def test_transformers(tmp_path):
     dense.save_pretrained(tmp_path / "given")
     model, pruner, _ = script.main(str(tmp_path / "given"), steps=10)
     assert isinstance(model, transformers.GPT2LMHeadModel)
-    assert len(pruner.sections) == 6 and model.config.vocab_size == len(tokenizer)
+    assert len(pruner.sections) == 12 and model.config.vocab_size == len(tokenizer)
 
 
 def test_lightning():
