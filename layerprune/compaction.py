@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from layerprune.caches import number_caches
 from layerprune.cost import Inputs, as_call, evaluating
-from layerprune.depth import number_caches
 from layerprune.sections import Section, find_sections
-from layerprune.sections.branch import PassThrough
-from layerprune.sections.discovery import adapter_of, forward_order
+from layerprune.sections.known import adapter_of, forward_order
+from layerprune.sections.placeholders import PassThrough
 
 _NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 _KEEPS_SIGN = (

@@ -1,16 +1,13 @@
-"""The depth that a model of transformers has: in its configuration, and where layers keep caches.
+"""What the configuration of a model of transformers says of its depth.
 
 Such models are known by their attributes; transformers need not be installed.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
-
-from layerprune.sections.branch import PassThrough
 
 ELIMINATED = "layerprune_eliminated"
 """What a configuration's list of lost sections is called; names in a model built from it."""
@@ -23,84 +20,6 @@ _DEPTHS = {
 """Names of a configuration's depth, by a word in the container's name."""
 _BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
 """Lists of a configuration with an element for each layer."""
-
-
-def number_caches(model: nn.Module) -> None:
-    """Numbers the layers that keep keys and values as they are left, without gaps.
-
-    A cache is asked for its length at its first layer: that one must not be a layer that is gone.
-    Where a configuration tells layers of several types apart (full and sliding attention, say), a
-    cache has places for each type, and a layer gets one of its own type.
-    """
-    config = getattr(model, "config", None)
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        return  # GPT-2's number is part of what such a layer computes
-    kinds: dict[str, list[nn.Module]] = {}
-    hybrids: dict[str, dict[int, list[nn.Module]]] = {}
-    for name, module in model.named_modules():
-        is_numbered = isinstance(getattr(module, "layer_idx", None), int)
-        if is_numbered and not isinstance(module, PassThrough):
-            hybrid = _place_in_hybrid(model, name)
-            if hybrid is None:
-                kinds.setdefault(re.sub(r"\d+", "#", name), []).append(module)
-            else:
-                layers = hybrids.setdefault(hybrid[0], {})
-                layers.setdefault(hybrid[1], []).append(module)
-    for modules in kinds.values():
-        for number, module in enumerate(modules):
-            module.layer_idx = number
-    for container, layers in hybrids.items():
-        blocks = model.get_submodule(container).children()
-        _number_by_type(_config_of(model, container), blocks, layers)
-
-
-def _config_of(model: nn.Module, name: str) -> object | None:
-    """The configuration that tells the types of layers: of the module nearest to a name."""
-    parts = name.split(".")
-    for length in range(len(parts), -1, -1):
-        config = getattr(model.get_submodule(".".join(parts[:length])), "config", None)
-        if isinstance(getattr(config, "layer_types", None), list):
-            return config
-    return None
-
-
-def _place_in_hybrid(model: nn.Module, name: str) -> tuple[str, int] | None:
-    """The container of layers of several types that a module is in, and its layer's place there."""
-    config = _config_of(model, name)
-    if config is None or len(set(config.layer_types)) < 2:
-        return None
-    parts = name.split(".")
-    for length, part in enumerate(parts[:-1]):
-        container = ".".join(parts[:length])
-        layers = model.get_submodule(container)
-        if part.isdigit() and len(layers._modules) == len(config.layer_types):
-            return container, int(part)
-    return None
-
-
-def _number_by_type(
-    config: object, blocks: Iterable[nn.Module], layers: Mapping[int, Sequence[nn.Module]]
-) -> None:
-    """Gives layers the numbers of a cache's places of their types.
-
-    Args:
-        config: its types are those of the cache's places, too. A type of which no layer is left
-            would have the first place and never fill it: it goes.
-        blocks: all layers, or what is left of them.
-        layers: those of their modules that keep something, by the places of the layers.
-    """
-    types = config.layer_types
-    left = [types[place] for place in sorted(layers)]
-    config.layer_types = types = [kind if kind in left else left[0] for kind in types]
-    for place, block in enumerate(blocks):
-        # What is left of a layer may ask for the mask of its type by a name of its own.
-        if hasattr(block, "attention_type"):
-            block.attention_type = types[place]
-    free = {kind: [i for i, each in enumerate(types) if each == kind] for kind in left}
-    for place in sorted(layers):
-        number = free[types[place]].pop(0)
-        for module in layers[place]:
-            module.layer_idx = number
 
 
 def note_eliminated(model: nn.Module, names: Iterable[str], known: Collection[str] = ()) -> None:

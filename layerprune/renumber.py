@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from layerprune.depth import number_caches, rename_eliminated, shrink_config
-from layerprune.sections.branch import PassThrough
+from layerprune.caches import number_caches
+from layerprune.depth import rename_eliminated, shrink_config
+from layerprune.sections.placeholders import PassThrough
 
 
 def renumber(model: nn.Module, eliminated: Iterable[str]) -> nn.Module:

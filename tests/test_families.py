@@ -20,8 +20,8 @@ from layerprune import LayerPruner, verify
 from layerprune.compaction import remove_sections
 from layerprune.cost import as_call
 from layerprune.gate import Gate
-from layerprune.sections.branch import PassThrough
 from layerprune.sections.discovery import survey
+from layerprune.sections.placeholders import PassThrough
 
 ROWS, STEPS = 6, 20
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from layerprune import GatedResidual, LayerPruner
-from layerprune.sections.branch import Nothing
+from layerprune.sections.placeholders import Nothing
 
 WIDTH, ROWS, STEPS = 6, 16, 80
 

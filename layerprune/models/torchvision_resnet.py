@@ -15,7 +15,7 @@ from layerprune.compaction import remove_sections
 from layerprune.models._checks import check_at_least
 from layerprune.renumber import renumber
 from layerprune.sections import Section
-from layerprune.sections.discovery import adapter_of
+from layerprune.sections.known import adapter_of
 
 __all__ = ["torchvision_resnet"]
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import copy
 import functools
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerprune.gate import Gate
+from layerprune.sections.arithmetic import residual_forward
 from layerprune.sections.base import BranchCall, straight_path
 from layerprune.sections.residual import GATE_ATTRIBUTE
+from layerprune.sections.twins import outside, run_section
 
 
-def elsewhere(activation: nn.Module) -> nn.Module:
+def _elsewhere(activation: nn.Module) -> nn.Module:
     """The same activation, with the same weights, which works in place no more.
 
     Where the branch is left out, its input is what another module gave.
@@ -27,23 +29,38 @@ def elsewhere(activation: nn.Module) -> nn.Module:
     return found
 
 
+class GatedBlock:
+    """Mixin with the gated forward of a block ``act(downsample(x) + branch(x))``.
+
+    The twin says what ``_branch`` computes, and which module the sum goes through.
+    """
+
+    last: str
+
+    @outside
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
+        gate, activation = getattr(self, GATE_ATTRIBUTE), getattr(self, self.last)
+        fused = "relu" if type(activation) is nn.ReLU else _elsewhere(activation)
+        parts = (self._branch, self.downsample, fused)
+        return run_section(self, gate, residual_forward, x, *parts)
+
+
 class BlockAdapter:
-    """Gates a block that computes ``act(downsample(x) + branch(x))`` by its twin.
+    """Gates a block by its twin.
 
     Args:
         original: the block's class.
-        twin: its gated subclass.
-        activation: name of the module that the sum goes through.
+        twin: its subclass with `GatedBlock`.
     """
 
     kind = "twin"
     several_arguments = False
     width = None
 
-    def __init__(self, original: type[nn.Module], twin: type[nn.Module], activation: str) -> None:
+    def __init__(self, original: type[nn.Module], twin: type[GatedBlock]) -> None:
         self.original = original
         self.twin = twin
-        self.activation = activation
 
     def attach(self, module: nn.Module, gate: Gate) -> None:
         """See `Adapter`."""
@@ -61,14 +78,14 @@ class BlockAdapter:
 
     def remainder(self, module: nn.Module, nonnegative_input: bool) -> nn.Module:
         """See `Adapter`."""
-        activation = getattr(module, self.activation)
-        parts = ("downsample", module.downsample, self.activation, elsewhere(activation))
+        activation = getattr(module, self.twin.last)
+        parts = ("downsample", module.downsample, self.twin.last, _elsewhere(activation))
         return straight_path(*parts, nonnegative_input)
 
     def kept(self, module: nn.Module) -> tuple[str, ...]:
         """See `Adapter`."""
-        kept = next(getattr(module, self.activation).parameters(), None) is not None
-        return ("downsample", self.activation) if kept else ("downsample",)
+        kept = next(getattr(module, self.twin.last).parameters(), None) is not None
+        return ("downsample", self.twin.last) if kept else ("downsample",)
 
     def branch_call(self, module: nn.Module) -> BranchCall:
         """See `Adapter`."""
@@ -76,4 +93,4 @@ class BlockAdapter:
 
     def nonnegative(self, module: nn.Module) -> bool:
         """See `Adapter`."""
-        return type(getattr(module, self.activation)) is nn.ReLU
+        return type(getattr(module, self.twin.last)) is nn.ReLU

@@ -128,11 +128,16 @@ def branch_section(branch: Branch, block: ResidualBlock, trace: Trace, wider: Tr
         call = step.call
         _check_called_once(call, trace)
         batched, shared = _arguments(call, step.keys, trace, wider)
-        several = len(call.given) > len(step.keys)
         links.append(
             Link(
-                *(call.name, call.module, step.keys, step.place, call.width, several),
-                *(batched, shared),
+                call.name,
+                call.module,
+                keys=step.keys,
+                place=step.place,
+                width=call.width,
+                several_arguments=len(call.given) > len(step.keys),
+                batched=batched,
+                shared=shared,
             )
         )
     first = branch.steps[0]

@@ -14,7 +14,8 @@ from layerprune import ops
 from layerprune.gate import Gate, SectionDraw
 from layerprune.recomputation import NO_BACKWARD, current_backward
 from layerprune.sections.arithmetic import graded, running_rows
-from layerprune.sections.branch import Link, in_place, nothing
+from layerprune.sections.branch import Link
+from layerprune.sections.placeholders import in_place, nothing
 from layerprune.sections.residual import GATE_ATTRIBUTE
 from layerprune.sections.twins import aside, empty, outside
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from layerprune.sections.base import Section
 from layerprune.sections.branch import Block, BranchSection, Link
-from layerprune.sections.discovery import adapter_of
+from layerprune.sections.known import adapter_of
 from layerprune.sections.opaque import OpaqueAdapter
 
 _MOST = 64

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layerprune.gate import Gate
 from layerprune.sections.base import BranchCall
-from layerprune.sections.branch import PassThrough
+from layerprune.sections.placeholders import PassThrough
 from layerprune.sections.residual import GATE_ATTRIBUTE
 
 

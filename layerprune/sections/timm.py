@@ -7,10 +7,7 @@ from collections.abc import Iterable
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from layerprune.sections.arithmetic import Activation, residual_forward
-from layerprune.sections.block_adapter import BlockAdapter, elsewhere
-from layerprune.sections.residual import GATE_ATTRIBUTE
-from layerprune.sections.twins import outside, run_section
+from layerprune.sections.block_adapter import BlockAdapter, GatedBlock
 
 
 def _one_by_one(block: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
@@ -21,34 +18,20 @@ def _one_by_one(block: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
     return x
 
 
-def _last(activation: nn.Module) -> Activation:
-    return "relu" if type(activation) is nn.ReLU else elsewhere(activation)
-
-
-class GatedBasicBlock(BasicBlock):
+class GatedBasicBlock(GatedBlock, BasicBlock):
     """timm's ``BasicBlock`` with a gate on its branch."""
 
-    @outside
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
-        gate = getattr(self, GATE_ATTRIBUTE)
-        parts = (self._branch, self.downsample, _last(self.act2))
-        return run_section(self, gate, residual_forward, x, *parts)
+    last = "act2"
 
     def _branch(self, x: Tensor) -> Tensor:
         x = _one_by_one(self, ("conv1", "bn1", "drop_block", "act1", "aa"), x)
         return _one_by_one(self, ("conv2", "bn2", "se", "drop_path"), x)
 
 
-class GatedBottleneck(Bottleneck):
+class GatedBottleneck(GatedBlock, Bottleneck):
     """timm's ``Bottleneck`` with a gate on its branch."""
 
-    @outside
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
-        gate = getattr(self, GATE_ATTRIBUTE)
-        parts = (self._branch, self.downsample, _last(self.act3))
-        return run_section(self, gate, residual_forward, x, *parts)
+    last = "act3"
 
     def _branch(self, x: Tensor) -> Tensor:
         x = _one_by_one(self, ("conv1", "bn1", "act1"), x)
@@ -57,8 +40,8 @@ class GatedBottleneck(Bottleneck):
 
 
 ADAPTERS = (
-    BlockAdapter(BasicBlock, GatedBasicBlock, "act2"),
-    BlockAdapter(Bottleneck, GatedBottleneck, "act3"),
+    BlockAdapter(BasicBlock, GatedBasicBlock),
+    BlockAdapter(Bottleneck, GatedBottleneck),
 )
 """Known blocks, by their exact class: a subclass may compute something else."""
 

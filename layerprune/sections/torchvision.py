@@ -5,36 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from layerprune.sections.arithmetic import residual_forward
-from layerprune.sections.block_adapter import BlockAdapter
-from layerprune.sections.residual import GATE_ATTRIBUTE
-from layerprune.sections.twins import outside, run_section
+from layerprune.sections.block_adapter import BlockAdapter, GatedBlock
 
 
-class GatedBasicBlock(BasicBlock):
+class GatedBasicBlock(GatedBlock, BasicBlock):
     """torchvision's ``BasicBlock`` with a gate on its branch."""
 
-    @outside
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
-        gate = getattr(self, GATE_ATTRIBUTE)
-        parts = (self._branch, self.downsample, "relu")
-        return run_section(self, gate, residual_forward, x, *parts)
+    last = "relu"
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(x))
 
 
-class GatedBottleneck(Bottleneck):
+class GatedBottleneck(GatedBlock, Bottleneck):
     """torchvision's ``Bottleneck`` with a gate on its branch."""
 
-    @outside
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, C, H, W]`` to ``[B, C', H', W']``."""
-        gate = getattr(self, GATE_ATTRIBUTE)
-        parts = (self._branch, self.downsample, "relu")
-        return run_section(self, gate, residual_forward, x, *parts)
+    last = "relu"
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -43,8 +30,8 @@ class GatedBottleneck(Bottleneck):
 
 
 ADAPTERS = (
-    BlockAdapter(BasicBlock, GatedBasicBlock, "relu"),
-    BlockAdapter(Bottleneck, GatedBottleneck, "relu"),
+    BlockAdapter(BasicBlock, GatedBasicBlock),
+    BlockAdapter(Bottleneck, GatedBottleneck),
 )
 """Known blocks, by their exact class: a subclass may compute something else."""
 
