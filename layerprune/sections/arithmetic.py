@@ -54,12 +54,14 @@ def opaque_forward(
     whole: Callable[..., Tensor],
     batched: frozenset[int | str],
     shared: frozenset[int | str],
+    fills_cache: bool,
     args: tuple,
     kwargs: dict,
 ) -> Tensor:
     """Computes y = x + gate * (whole(x) - x), the module on the running rows only."""
     if isinstance(draw, bool) or draw.needs_no_gate():
-        return whole(x, *args, **kwargs) if draw else x
+        y = whole(x, *args, **kwargs) if draw or fills_cache else x
+        return y if draw else x
     if draw.runs_whole():
         y = whole(x, *args, **kwargs)
         return ops.gated_residual(x, y, graded(draw), form="lerp", gate_grad_rows=draw.probes)
@@ -71,6 +73,16 @@ def opaque_forward(
     return ops.gated_residual(
         rest, y, graded(draw), draw.slot, form="lerp", gate_grad_rows=draw.probes
     )
+
+
+def fills_cache(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a module has to run although its gate is closed, for what it keeps.
+
+    A cache of keys and values is asked for its length at its first layer, which must have filled
+    it, as long as that layer is there. In training a cache is made for one forward and never asked.
+    """
+    given = (*args, *kwargs.values())
+    return not module.training and any(hasattr(value, "get_seq_length") for value in given)
 
 
 def running_rows(

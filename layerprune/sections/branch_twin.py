@@ -13,7 +13,7 @@ from torch._dynamo.decorators import maybe_mark_dynamic
 from layerprune import ops
 from layerprune.gate import Gate, SectionDraw
 from layerprune.recomputation import NO_BACKWARD, current_backward
-from layerprune.sections.arithmetic import graded, running_rows
+from layerprune.sections.arithmetic import fills_cache, graded, running_rows
 from layerprune.sections.branch import Link
 from layerprune.sections.placeholders import in_place, nothing
 from layerprune.sections.residual import GATE_ATTRIBUTE
@@ -63,6 +63,8 @@ class Passage:
             aside(self._enter, module.training, x)
         draw = aside(self._draw_now, module.training, repeated)
         if draw is False:
+            if fills_cache(module, args, kwargs):
+                forward(*args, **kwargs)
             result = aside(self._skipped, link, x)
         elif draw is True:
             result = forward(*args, **kwargs)

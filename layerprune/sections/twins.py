@@ -19,7 +19,7 @@ from torch._dynamo.decorators import mark_unbacked, maybe_mark_dynamic
 
 from layerprune.gate import Gate, SectionDraw
 from layerprune.recomputation import NO_BACKWARD, current_backward
-from layerprune.sections.arithmetic import opaque_forward, residual_forward
+from layerprune.sections.arithmetic import fills_cache, opaque_forward, residual_forward
 from layerprune.sections.residual import GATE_ATTRIBUTE
 
 _LEAST_COMPILED = 2
@@ -116,7 +116,8 @@ class OpaqueTwin:
             return y
 
         run = whole if adapter.width is None else first
-        parts = (run, adapter.batched, adapter.shared, args, kwargs)
+        filling = fills_cache(self, args, kwargs)
+        parts = (run, adapter.batched, adapter.shared, filling, args, kwargs)
         y = run_section(self, gate, opaque_forward, x, *parts)
         return y if adapter.width is None else (y, *others)
 

@@ -69,6 +69,13 @@ def _chosen(model, lost):
     return [sections[2 * int(layer) + kinds[part]] for layer, part in places]
 
 
+def _close(sections):
+    for section in sections:
+        gate = Gate(section.name)
+        gate.is_open = False
+        section.attach(gate)
+
+
 def _without(name, lost):
     model = _decoder(name)
     chosen = _chosen(model, lost)
@@ -101,9 +108,26 @@ def _check_generation(model):
     [*((name, ATTENTION) for name in DECODERS), *itertools.product(HYBRIDS, [*LOST][1:])],
 )
 def test_generation_with_a_cache(name, lost):
-    model, chosen = _without(name, lost)
+    """While the gates are closed, when the sections are gone, when their places are gone."""
+    model, closed = _decoder(name), _decoder(name)
+    chosen = _chosen(model, lost)
+    _close([section.in_model(closed) for section in chosen])
+    remove_sections(model, chosen)
     expected = _check_generation(model)
-    assert _check_generation(renumber(model, chosen)).equal(expected)
+    assert _check_generation(closed).equal(expected)
+    assert _check_generation(renumber(model, [s.name for s in chosen])).equal(expected)
+
+
+def test_a_cache_of_whole_layers_whose_gates_are_closed():
+    config = transformers.OPTConfig(
+        **{**COMMON, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}
+    )
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(config).eval()
+    sections = find_sections(model, EXAMPLE)
+    assert [section.kind for section in sections] == ["opaque"] * LAYERS
+    _close(sections[::2])
+    _check_generation(model)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -186,19 +210,16 @@ def test_an_encoder_and_a_decoder(build):
         assert not attentions and len(found.left_out) == 6
     for gone in (names[:1], names[-1:], attentions[4:5], names):
         gated, compacted = copy.deepcopy(model), copy.deepcopy(model)
-        for section in found.sections:
-            gate = Gate(section.name)
-            gate.is_open = section.name not in gone
-            section.in_model(gated).attach(gate)
+        _close([s.in_model(gated) for s in found.sections if s.name in gone])
         chosen = [section for section in found.sections if section.name in gone]
         remove_sections(compacted, [section.in_model(compacted) for section in chosen])
         assert verify(gated, compacted, [{**inputs, "use_cache": False}]) == 0.0
         with torch.no_grad():
-            cached, whole = (
-                compacted.generate(inputs["input_ids"], max_length=7, use_cache=use)
-                for use in (True, False)
+            whole, *cached = (
+                each.generate(inputs["input_ids"], max_length=7, use_cache=use)
+                for each, use in ((compacted, False), (compacted, True), (gated, True))
             )
-        assert cached.equal(whole), gone
+        assert all(words.equal(whole) for words in cached), gone
 
 
 def test_what_is_left_of_the_only_layer_of_a_type():
@@ -211,8 +232,6 @@ def test_what_is_left_of_the_only_layer_of_a_type():
     model = transformers.ModernBertForSequenceClassification(config).eval()
     closed, words = copy.deepcopy(model), {"input_ids": torch.randint(2, WORDS, (2, 12))}
     first = survey(model, words).sections[0]
-    gate = Gate(first.name)
-    gate.is_open = False
-    first.in_model(closed).attach(gate)
+    _close([first.in_model(closed)])
     remove_sections(model, [first])
     assert verify(closed, model, [words]) == 0.0
