@@ -13,7 +13,7 @@ from layerprune.caches import number_caches
 from layerprune.cost import Inputs, as_call, evaluating
 from layerprune.sections import Section, find_sections
 from layerprune.sections.known import adapter_of, forward_order
-from layerprune.sections.placeholders import PassThrough
+from layerprune.sections.removal import places, remove, remove_emptied
 
 _NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 _KEEPS_SIGN = (
@@ -93,37 +93,12 @@ def remove_sections(
             the parameters any more.
     """
     before = {id(p) for p in model.parameters()}
-    for section in sections:
-        nonnegative = all(_nonnegative_input(model, n) for n in _places(model, section.module))
-        for module, remainder in section.remainders(nonnegative):
-            _replace(model, module, remainder)
-    for section in sections:
-        for module, remainder in section.emptied():
-            _replace(model, module, remainder)
+    remove(model, sections, lambda module: _nonnegative_input(model, places(model, module)))
+    remove_emptied(model, sections)
     number_caches(model)
     gone = before - {id(p) for p in model.parameters()}
     for optimizer in optimizers:
         _forget(optimizer, gone)
-
-
-def _places(model: nn.Module, module: nn.Module) -> list[str]:
-    return [name for name, each in model.named_modules(remove_duplicate=False) if each is module]
-
-
-def _replace(model: nn.Module, module: nn.Module, remainder: nn.Module) -> None:
-    """Puts what is left of a module into its place, or places."""
-    old = set(module.modules())
-    for part in remainder.modules():
-        if part not in old:
-            part.training = module.training
-    if isinstance(remainder, PassThrough):
-        # Whoever calls the module may look at it, as transformers' models do at a layer's kind.
-        for name, value in vars(module).items():
-            if isinstance(value, str | int | float) and not hasattr(remainder, name):
-                setattr(remainder, name, value)
-    for place in _places(model, module):
-        path, _, key = place.rpartition(".")
-        setattr(model.get_submodule(path), key, remainder)
 
 
 def eliminate_sections(model: nn.Module, names: Iterable[str], example_inputs: Inputs) -> nn.Module:
@@ -202,8 +177,17 @@ def _named(sections: dict[str, Section], name: str) -> Section:
     return sections[name]
 
 
-def _nonnegative_input(model: nn.Module, name: str) -> bool:
-    """Whether what comes before a module, as far as that is known, puts out no negative value."""
+def _nonnegative_input(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether what comes before a module, as far as that is known, puts out no negative value.
+
+    Args:
+        model: the model.
+        names: of all places of the module.
+    """
+    return all(_nonnegative_before(model, name) for name in names)
+
+
+def _nonnegative_before(model: nn.Module, name: str) -> bool:
     path, _, key = name.rpartition(".")
     parent = model.get_submodule(path)
     order = forward_order(parent)
@@ -213,7 +197,7 @@ def _nonnegative_input(model: nn.Module, name: str) -> bool:
         module = parent.get_submodule(earlier)
         if type(module) not in _KEEPS_SIGN:
             return _nonnegative_output(module)
-    return bool(path) and _nonnegative_input(model, path)
+    return bool(path) and _nonnegative_before(model, path)
 
 
 def _nonnegative_output(module: nn.Module) -> bool:

@@ -162,7 +162,8 @@ def that_run(
                 running += tried
                 break
         else:
-            left_out |= {choice.name: reasons[0] for choice in alike}
+            why = "; ".join(dict.fromkeys(reasons))  # of the parts, and of the whole
+            left_out |= {choice.name: why for choice in alike}
     return running
 
 

@@ -155,6 +155,43 @@ class Parallel(TwoBranches):
         return y + x
 
 
+class LooksInside(TwoBranches):
+    """As mT5's layers, it asks a module of its own for the type of its weights."""
+
+    def forward(self, x):
+        x = x + self.mixer(self.norm1(x))
+        dtype = self.mlp.last.weight.dtype
+        return x + self.mlp(self.norm2(x)).to(dtype)
+
+
+class LooksIntoBlocks(nn.Module):
+    """Its forward asks the first block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([LooksInside(), Block(), LooksInside()])
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        x = x.to(self.blocks[0].mlp.last.weight.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class KeepsAList(Attributes):
+    """Calls its blocks by another way than their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = [self.one]
+
+    def forward(self, x):
+        for block in (*self.calls, self.two):
+            x = block(x)
+        return self.head(x)
+
+
 def residual(*blocks):
     return nn.Sequential(*blocks, nn.Linear(WIDTH, 2))
 
@@ -180,6 +217,10 @@ CASES = {
         {f"{i}.{part}": "branch" for i in range(2) for part in ("mixer", "mlp")},
     ),
     "parallel": (lambda: residual(Parallel()), {"0.mixer": "branch", "0.mlp": "branch"}),
+    "looks inside": (
+        lambda: residual(LooksInside(), LooksInside()),
+        {"0": "opaque", "1": "opaque"},
+    ),
     "in place": (InPlace, {"one": "branch", "two": "branch"}),
     "beside own sections": (
         lambda: residual(GatedResidual(nn.Linear(WIDTH, WIDTH)), Block()),
@@ -208,6 +249,23 @@ def test_what_cannot_be_gated_says_why():
     sections, left_out = found(Talking())
     assert sections == {"layers.1": "opaque"}
     assert left_out == {"layers.0": "what layers.0.mlp returns is used by others too"}
+    sections, left_out = found(LooksIntoBlocks())
+    assert sections == {"blocks.1": "opaque"}
+    assert set(left_out) == {"blocks.0", "blocks.2"}, "what holds for one block holds for its kind"
+    assert all("it does not run without it ('" in why for why in left_out.values())
+    sections, left_out = found(KeepsAList())
+    assert not sections
+    assert all("where no module's name leads to" in why for why in left_out.values())
+
+
+@pytest.mark.parametrize("make", [LooksInside, LooksIntoBlocks, KeepsAList])
+def test_looking_leaves_a_model_as_it_is(make):
+    model = nn.Sequential(make(), make())
+    model[1].eval()
+    before = [(name, module, module.training) for name, module in model.named_modules()]
+    found(model)
+    assert [(name, module, module.training) for name, module in model.named_modules()] == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,70 @@
+"""Sections leave a model: what is left of their modules is put into the modules' places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from layerprune.sections.base import Section
+from layerprune.sections.placeholders import PassThrough
+
+
+Swapped = list[tuple[nn.Module, nn.Module]]
+"""Modules that left, and what is in the place of each, in the order in which it was put there."""
+
+
+def remove(
+    model: nn.Module, sections: Sequence[Section], nonnegative: Callable[[nn.Module], bool]
+) -> Swapped:
+    """Takes sections out of a model, but for the blocks around them: see `remove_emptied`.
+
+    Args:
+        model: changed in place.
+        sections: of that model.
+        nonnegative: whether a module's input is known to hold no negative value.
+    """
+    swapped = []
+    for section in sections:
+        swapped += _put_all(model, section.remainders(nonnegative(section.module)))
+    return swapped
+
+
+def remove_emptied(model: nn.Module, sections: Sequence[Section]) -> Swapped:
+    """Takes blocks out of a model that do nothing now that sections are gone."""
+    swapped = []
+    for section in sections:
+        swapped += _put_all(model, section.emptied())
+    return swapped
+
+
+def _put_all(model: nn.Module, pairs: Swapped) -> Swapped:
+    for module, remainder in pairs:
+        _resemble(remainder, module)
+        put(model, module, remainder)
+    return pairs
+
+
+def put(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
+    """Puts another module into all places of one."""
+    for place in places(model, module):
+        path, _, key = place.rpartition(".")
+        setattr(model.get_submodule(path), key, other)
+
+
+def places(model: nn.Module, module: nn.Module) -> list[str]:
+    """The names that a module has in a model."""
+    return [name for name, each in model.named_modules(remove_duplicate=False) if each is module]
+
+
+def _resemble(remainder: nn.Module, module: nn.Module) -> None:
+    """Makes a remainder look like what it stands for, to those who read attributes of it."""
+    old = set(module.modules())
+    for part in remainder.modules():
+        if part not in old:
+            part.training = module.training
+    if isinstance(remainder, PassThrough):
+        # transformers' models ask a layer for its kind, and for the mask that it is to be given.
+        for name, value in vars(module).items():
+            if isinstance(value, str | int | float) and not hasattr(remainder, name):
+                setattr(remainder, name, value)
