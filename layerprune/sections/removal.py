@@ -9,7 +9,6 @@ from torch import nn
 from layerprune.sections.base import Section
 from layerprune.sections.placeholders import PassThrough
 
-
 Swapped = list[tuple[nn.Module, nn.Module]]
 """Modules that left, and what is in the place of each, in the order in which it was put there."""
 
