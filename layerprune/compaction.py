@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from layerprune.caches import number_caches
-from layerprune.cost import Inputs, as_call, evaluating
+from layerprune.calls import Inputs, as_call, evaluating
 from layerprune.sections import Section, find_sections
 from layerprune.sections.known import adapter_of, forward_order
 from layerprune.sections.removal import places, remove, remove_emptied

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layerprune import ops
-from layerprune.cost import batch_size_of
+from layerprune.calls import batch_size_of
 from layerprune.difference import OutputPath, PendingMeasurement
 from layerprune.evidence import EVIDENCE_LAG
 from layerprune.ledger import BACKWARD

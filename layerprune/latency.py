@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from layerprune.cost import Inputs, as_call, flags_kept
-from layerprune.difference import side_forward
+from layerprune.calls import Inputs, as_call, flags_kept
 from layerprune.sections import Section
+from layerprune.side_forward import side_forward
 
 _VISIT = 20e-3
 """Seconds that a section is run for at a time: a shorter time is too much the scheduler's."""

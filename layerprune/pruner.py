@@ -11,9 +11,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from layerprune import ops
 from layerprune.agreement import Agreement, digest
+from layerprune.calls import Inputs, evaluating
 from layerprune.compaction import branch_keys, check_optimizer
 from layerprune.config import Phase, PruneConfig, Schedule
-from layerprune.cost import Inputs, evaluating, forward_flops, relative_costs
+from layerprune.cost import forward_flops, relative_costs
 from layerprune.decisions import apply_verdict, attracted, check_decay, round_by_theta
 from layerprune.depth import note_eliminated
 from layerprune.difference import measured_difference

@@ -9,7 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from layerprune import GatedResidual, LayerPruner, find_sections
-from layerprune.cost import as_call, batch_size_of, dry_run, evaluating, forward_flops
+from layerprune.calls import as_call, batch_size_of, evaluating
+from layerprune.cost import forward_flops
+from layerprune.dry_run import dry_run
 
 
 def _model():

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from layerprune import GatedResidual, LayerPruner, PruneConfig
-from layerprune.difference import OutputPath, forced, measured_difference, side_forward
+from layerprune.difference import OutputPath, forced, measured_difference
 from layerprune.gate import SectionDraw
 from layerprune.models import resnet
+from layerprune.side_forward import side_forward
 
 ROWS = 24
 SECTIONS = ("head", "middle", "tail")

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import layerprune
 from layerprune import LayerPruner, verify
+from layerprune.calls import as_call
 from layerprune.compaction import remove_sections
-from layerprune.cost import as_call
 from layerprune.gate import Gate
 from layerprune.sections.discovery import survey
 from layerprune.sections.placeholders import PassThrough

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerprune.cost import evaluating
+from layerprune.calls import evaluating
 from layerprune.sections import find_sections
 from layerprune.training.evaluation import BATCH
 from layerprune.training.images import FileImages, PixelImages

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from layerprune.cost import Inputs
+from layerprune.calls import Inputs
 from layerprune.info import absent
 from layerprune.integrations.lightning_support import check_supported
 from layerprune.integrations.steps import StepFollower, check_options, metrics

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from layerprune.cost import Inputs
+from layerprune.calls import Inputs
 from layerprune.depth import note_eliminated
 from layerprune.integrations.steps import StepFollower, check_options, metrics
 from layerprune.integrations.trainer_checkpoints import load_weights, newest, read, save

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from layerprune.cost import Inputs
+from layerprune.calls import Inputs
 from layerprune.sections.base import Section
 from layerprune.sections.known import adapter_of
 from layerprune.sections.search import Search, is_ignored, is_inside, that_run
@@ -52,7 +52,8 @@ def find_sections(model: nn.Module, example_inputs: Inputs, ignored: Ignored = (
 def survey(model: nn.Module, example_inputs: Inputs, ignored: Ignored = ()) -> Survey:
     """Finds what can be gated: `GatedResidual`s, known blocks, and what a forward shows.
 
-    Two forwards of fake tensors, with B rows and with more, show what is added to what. A block
+    Two forwards in evaluation mode, with more and with fewer rows, show what is added to what: of
+    fake tensors, which have no values, and of real ones where that does not run. A block
     with several branches that are each a chain of modules, such as attention and MLP, has a section
     for each (``"branch"``); another block whose output has its input's shape is one as a whole
     (``"opaque"``). In a model without any residual connection the elements of its ``Sequential``s
@@ -68,14 +69,14 @@ def survey(model: nn.Module, example_inputs: Inputs, ignored: Ignored = ()) -> S
     """
     ignored = (ignored,) if isinstance(ignored, str) else tuple(ignored)
     known = _known_sections(model, ignored)
-    trace, wider, resized = record(model, example_inputs)
-    search = Search(model, ignored, trace, wider, [section.name for section in known])
+    recording = record(model, example_inputs)
+    search = Search(model, ignored, recording, [section.name for section in known])
     choices = search.residual_choices()
     if not (known or choices):
         choices = search.plain_choices()
     found = Survey(known, search.left_out)
     found.sections += that_run(
-        choices, found.left_out, lambda tried: failure(model, example_inputs, resized, wider, tried)
+        choices, found.left_out, lambda tried: failure(model, example_inputs, recording, tried)
     )
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     found.sections.sort(key=lambda section: order[section.name])

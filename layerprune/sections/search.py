@@ -18,7 +18,7 @@ from layerprune.sections.blocks import (
     residual_blocks,
 )
 from layerprune.sections.residuals import NoBranch
-from layerprune.sections.trace import Trace
+from layerprune.sections.trace import Recording
 
 
 @dataclass
@@ -42,8 +42,7 @@ class Search:
     Args:
         model: the model.
         ignored: what to leave ungated.
-        trace: its forward.
-        wider: the same with some rows more.
+        recording: its forward.
         taken: names of the sections known without.
 
     Attributes:
@@ -51,10 +50,11 @@ class Search:
     """
 
     def __init__(
-        self, model: nn.Module, ignored: tuple, trace: Trace, wider: Trace, taken: list[str]
+        self, model: nn.Module, ignored: tuple, recording: Recording, taken: list[str]
     ) -> None:
         self.left_out: dict[str, str] = {}
-        self._ignored, self._trace, self._wider, self._taken = ignored, trace, wider, taken
+        self._ignored, self._taken = ignored, taken
+        self._trace, self._wider = recording.trace, recording.wider
         self._stacked = dict(_stack_elements(model))
         self._looked_into = _looked_into(model)
 

@@ -1,6 +1,6 @@
 """What a model's forward does, as far as sections are concerned: its modules' calls, its additions.
 
-Recorded on fake tensors. A tensor is followed from module to module by the object that it is: where
+A tensor is followed from module to module by the object that it is: where
 one module's result is the very object that another one is called with, nothing happens in between.
 """
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from layerprune.cost import Inputs, batch_size_of, batch_tensors, dry_run
+from layerprune.calls import Inputs, batch_size_of, batch_tensors
+from layerprune.dry_run import FEW, dry_run
 
 _ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _IN_PLACE = (Tensor.add_, Tensor.__iadd__)
@@ -192,28 +193,43 @@ class _Recorder:
         self.trace.calls.setdefault(call.name, []).append(call)
 
 
-def record(model: nn.Module, inputs: Inputs) -> tuple[Trace, Trace, tuple[Tensor, ...]]:
-    """Traces a model's forward with as many rows as its inputs have, and with some more.
+@dataclass
+class Recording:
+    """A model's forward in evaluation mode, with two numbers of rows.
 
-    Returns:
-        The two traces, and those of the inputs that carry the batch.
+    Attributes:
+        trace: with few rows.
+        wider: with some more.
+        resized: the inputs that carry the batch.
+        real: whether it had to be computed; else it was made with fake tensors.
+    """
+
+    trace: Trace
+    wider: Trace
+    resized: tuple[Tensor, ...]
+    real: bool
+
+
+def record(model: nn.Module, inputs: Inputs) -> Recording:
+    """Traces a model's forward: on fake tensors, or on real ones where it does not run with these.
 
     Raises:
         ValueError: if the model does not run with ``inputs``.
     """
-    rows = batch_size_of(inputs)
-    error: Exception | None = None
-    for resized in _resizings(inputs):
-        try:
-            first, second = (_traced(model, inputs, n, resized) for n in (rows, rows + _MORE))
-        except Exception as failure:
-            error = error or failure
-        else:
-            return first, second, resized
+    given = batch_size_of(inputs)
+    for real in (False, True):
+        rows = min(given, FEW) if real else given
+        error: Exception | None = None
+        for resized in _resizings(inputs):
+            try:
+                traces = [_traced(model, inputs, n, resized, real) for n in (rows, rows + _MORE)]
+            except Exception as failure:
+                error = error or failure
+            else:
+                return Recording(*traces, resized, real)
     raise ValueError(
-        f"the model does not run with example_inputs of {rows} rows: {error}. Give inputs as the "
-        "training loop does, with the batch in the first dimension. If it runs with them, one of "
-        "its operations cannot be traced without values, or not in this dtype."
+        f"the model does not run with {rows} or {rows + _MORE} rows of example_inputs: {error}. "
+        "Give inputs as the training loop does, with the batch in the first dimension"
     ) from error
 
 
@@ -228,11 +244,13 @@ def _resizings(inputs: Inputs) -> Iterator[tuple[Tensor, ...]]:
             yield (first, *kept)
 
 
-def _traced(model: nn.Module, inputs: Inputs, rows: int, resized: tuple[Tensor, ...]) -> Trace:
+def _traced(
+    model: nn.Module, inputs: Inputs, rows: int, resized: tuple[Tensor, ...], real: bool
+) -> Trace:
     recorder = _Recorder(model, rows)
     try:
         with _Functions(recorder):
-            output = dry_run(model, inputs, rows, resized)
+            output = dry_run(model, inputs, rows, resized, real)
     finally:
         recorder.close()
     recorder.trace.shapes = shapes(output)

@@ -1,4 +1,4 @@
-"""Tries on fake tensors whether a model runs with gates on its sections, and without these."""
+"""Tries whether a model runs with gates on its sections, and without these."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from layerprune.cost import Inputs, dry_run
+from layerprune.calls import Inputs
+from layerprune.dry_run import dry_run
 from layerprune.gate import Gate, SectionDraw
 from layerprune.sections.base import Section
 from layerprune.sections.removal import put, remove, remove_emptied
-from layerprune.sections.trace import Trace, shapes
+from layerprune.sections.trace import Recording, shapes
 
 _LEFT_OUT = 2
 """Rows on which the sections do not run."""
@@ -30,8 +31,7 @@ class _GivenGate(Gate):
 def failure(
     model: nn.Module,
     inputs: Inputs,
-    resized: Sequence[Tensor],
-    trace: Trace,
+    recording: Recording,
     sections: Sequence[Section],
 ) -> str | None:
     """Why a model does not run with gates on some sections, or without them; None if it does.
@@ -39,18 +39,13 @@ def failure(
     Args:
         model: left as it is.
         inputs: example inputs.
-        resized: those of them that carry the batch.
-        trace: a forward without gates, of which this is to be another one.
+        recording: of its forward without gates.
         sections: to try; those that have gates already are known to run.
     """
     sections = [section for section in sections if not section.is_gated]
-    rows = trace.rows
-    running = torch.arange(rows - _LEFT_OUT, device="cpu")
-    gate = (torch.arange(rows, device="cpu") < len(running)).float()
-    slot = torch.where(gate > 0, torch.arange(rows, device="cpu"), -1).int()
-    draw = SectionDraw(gate, slot, running, running[:0])
+    trace = recording.wider
     trials = {
-        "on a part of the batch": _gated(sections, draw),
+        "on a part of the batch": _gated(sections, _drawn(trace.rows, _device(model, recording))),
         "with closed gates": _gated(sections, False),
         "without it": _removed(model, sections, blocks=False),
         "without its block": _removed(model, sections, blocks=True),
@@ -58,12 +53,28 @@ def failure(
     for circumstance, prepared in trials.items():
         try:
             with prepared:
-                found = shapes(dry_run(model, inputs, rows, resized))
+                found = shapes(
+                    dry_run(model, inputs, trace.rows, recording.resized, recording.real)
+                )
         except Exception as error:
             return f"it does not run {circumstance} ({str(error).partition(chr(10))[0]})"
         if found != trace.shapes:
             return f"the model's output has another shape when it runs {circumstance}"
     return None
+
+
+def _device(model: nn.Module, recording: Recording) -> torch.device | str:
+    parameter = next(model.parameters(), None)
+    return parameter.device if recording.real and parameter is not None else "cpu"
+
+
+def _drawn(rows: int, device: torch.device | str) -> SectionDraw:
+    """A draw in which the last rows do not run."""
+    places = torch.arange(rows, device=device)
+    running = places[: rows - _LEFT_OUT]
+    gate = (places < len(running)).float()
+    slot = torch.where(gate > 0, places, -1).int()
+    return SectionDraw(gate, slot, running, running[:0])
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from layerprune.calls import Inputs, evaluating
 from layerprune.compaction import verify
-from layerprune.cost import Inputs, evaluating
 from layerprune.ranks import Ranks
 from layerprune.training.builders import Builder
 from layerprune.training.checkpoint import gated_model, load_model

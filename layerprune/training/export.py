@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_map
 
-from layerprune.cost import (
+from layerprune.calls import (
     Inputs,
     as_call,
     batch_size_of,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from layerprune.cost import Inputs
+from layerprune.calls import Inputs
 from layerprune.training import data
 from layerprune.training.builders import Builder
 from layerprune.training.checkpoint import read_structure

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from layerprune.cost import Inputs
+from layerprune.calls import Inputs
 from layerprune.pruner import LayerPruner
 from layerprune.training import checkpoint
 from layerprune.training.builders import Builder

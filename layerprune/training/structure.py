@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprune._version import __version__
-from layerprune.cost import Inputs
+from layerprune.calls import Inputs
 from layerprune.info import absent
 from layerprune.sections import Section
 from layerprune.sections.described import is_well_formed, section_at
