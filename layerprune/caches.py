@@ -5,12 +5,16 @@ Such models are known by their attributes; transformers need not be installed.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from layerprune.sections.placeholders import PassThrough
+
+NUMBERS = ("layer_idx", "attention_type")
+"""Attributes of a layer's modules that `number_caches` sets."""
 
 
 def number_caches(model: nn.Module) -> None:
@@ -73,13 +77,17 @@ def _number_by_type(
 
     Args:
         config: its types are those of the cache's places, too. A type of which no layer is left
-            would have the first place and never fill it: it goes.
+            would have the first place and never fill it: it goes, unless the configuration derives
+            its types from something else.
         blocks: all layers, or what is left of them.
         layers: those of their modules that keep something, by the places of the layers.
     """
     types = config.layer_types
     left = [types[place] for place in sorted(layers)]
-    config.layer_types = types = [kind if kind in left else left[0] for kind in types]
+    present = [kind if kind in left else left[0] for kind in types]
+    if present != types:
+        with contextlib.suppress(AttributeError):
+            config.layer_types = types = present
     for place, block in enumerate(blocks):
         # What is left of a layer may ask for the mask of its type by a name of its own.
         if hasattr(block, "attention_type"):

@@ -5,6 +5,7 @@ Such models are known by their attributes; transformers need not be installed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
@@ -58,6 +59,9 @@ def shrink_config(model: nn.Module, container: str, kept: Sequence[int], before:
         container: its qualified name.
         kept: places of the layers that are left.
         before: how many there were.
+
+    Raises:
+        ValueError: if it derives the layers' types from their number, and says something else.
     """
     parts = container.split(".")
     for length in range(len(parts), -1, -1):
@@ -65,9 +69,20 @@ def shrink_config(model: nn.Module, container: str, kept: Sequence[int], before:
         for word, names in _DEPTHS.items():
             for name in names if word in container else ():
                 if getattr(config, name, None) == before:
-                    setattr(config, name, len(kept))
-                    for each in _BY_LAYER:
-                        listed = getattr(config, each, None)
-                        if isinstance(listed, list) and len(listed) == before:
-                            setattr(config, each, [listed[place] for place in kept])
+                    _shorten(config, name, kept, before)
                     return
+
+
+def _shorten(config: object, depth: str, kept: Sequence[int], before: int) -> None:
+    listed = {name: getattr(config, name, None) for name in _BY_LAYER}
+    setattr(config, depth, len(kept))
+    for name, values in listed.items():
+        if isinstance(values, list) and len(values) == before:
+            left = [values[place] for place in kept]
+            with contextlib.suppress(AttributeError):  # a property
+                setattr(config, name, left)
+            if getattr(config, name) != left:
+                raise ValueError(
+                    f"{type(config).__name__} derives {name} from {depth}, and cannot say which "
+                    "layers are left: leave the places of what was eliminated as they are"
+                )

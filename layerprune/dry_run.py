@@ -44,6 +44,7 @@ def dry_run(
     Returns:
         Whatever the model returns.
     """
+    device = next((parameter.device for parameter in model.parameters()), None)
     chosen = set(map(id, batch_tensors(inputs) if resized is None else resized))
 
     def sized(leaf: object) -> object:
@@ -51,6 +52,7 @@ def dry_run(
             return leaf
         rows = batch_size if batch_size is not None and id(leaf) in chosen else None
         if real:
+            leaf = leaf.to(device)
             return leaf if rows is None else leaf[torch.arange(rows) % leaf.shape[0]]
         shape = leaf.shape if rows is None else (rows, *leaf.shape[1:])
         return torch.empty(shape, dtype=leaf.dtype, device="cpu")

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from layerprune.calls import Inputs
 from layerprune.compaction import remove_sections
 from layerprune.gates import GateBank
 from layerprune.renumber import renumber
@@ -63,11 +64,13 @@ class Network:
             for index in chosen:  # what left is to be freed
                 sections[index] = sections[index].in_model(model)
 
-    def renumber(self, indices: Iterable[int]) -> None:
+    def renumber(self, indices: Iterable[int], example_inputs: Inputs) -> None:
         """Closes the gaps that removed sections left; see `renumber.renumber`."""
         chosen = list(indices)
         for model, sections in self._parts:
-            renumber(model, [sections[index].name for index in chosen])
+            # The average computes as the model does.
+            checked = example_inputs if model is self.model else None
+            renumber(model, [sections[index].name for index in chosen], checked)
 
 
 def _averaged(

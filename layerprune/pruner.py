@@ -148,6 +148,7 @@ class LayerPruner:
         self._agreement = Agreement(self._run, self.ranks)
         self._optimizers: tuple[torch.optim.Optimizer, ...] | None = None
         self._step_hook = drop_idle_gradients(self._run) if self.ranks.count > 1 else None
+        self._example_inputs = example_inputs
         self._stripped = self.renumbered = False
         self._ungated = False  # everything is decided, and the gates are off
         self._learner = ThetaLearner(self._run)
@@ -390,6 +391,9 @@ class LayerPruner:
             renumber: take the empty places out of numbered containers, of the model and of its
                 average, as `renumber` does: names change then, and are no longer those of
                 `structure` and of the events.
+
+        Raises:
+            ValueError: if the model cannot be renumbered. It is stripped, and has its names.
         """
         self.close()
         run = self._run
@@ -399,7 +403,7 @@ class LayerPruner:
             gone = [run.sections[index].name for index in run.where("eliminated")]
             note_eliminated(self.model, gone, {section.name for section in run.sections})
         if renumber and not self.renumbered:
-            self._network.renumber(run.where("eliminated"))
+            self._network.renumber(run.where("eliminated"), self._example_inputs)
             self.renumbered = True
         return self.model
 

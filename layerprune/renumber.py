@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from layerprune.caches import number_caches
+from layerprune.caches import NUMBERS, number_caches
+from layerprune.calls import Inputs
 from layerprune.depth import rename_eliminated, shrink_config
+from layerprune.dry_run import dry_run
 from layerprune.sections.placeholders import PassThrough
 
 
-def renumber(model: nn.Module, eliminated: Iterable[str]) -> nn.Module:
+def renumber(
+    model: nn.Module, eliminated: Iterable[str], example_inputs: Inputs | None = None
+) -> nn.Module:
     """Takes eliminated sections out of the containers that number their children.
 
     Of each ``nn.Sequential`` and ``nn.ModuleList`` whose children are called 0, 1, 2, ..., those go
@@ -21,20 +29,87 @@ def renumber(model: nn.Module, eliminated: Iterable[str]) -> nn.Module:
 
     Only names change. An optimizer goes on as it is, except that the names which it was given in
     place of bare parameters are the old ones; a copy of the model, such as an averaged one, keeps
-    its names unless it is renumbered too. The model must not go through a container by number: a
-    forward that combines ``layers[3]`` with a fourth something else would combine others now. A
-    configuration of transformers gets the new depth, so that it builds a model with these names.
+    its names unless it is renumbered too. A configuration of transformers gets the new depth, so
+    that it builds a model with these names.
 
     Args:
         model: a model that has lost sections, changed in place.
         eliminated: their names, as in `StepReport.eliminated` or `eliminate_sections`.
+        example_inputs: what the model is called with, to see whether it computes the same as
+            before: one that goes through a container by number, and combines ``layers[3]`` with a
+            fourth something else, does not. Without them that is the caller's to know.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: if the model has no module of such a name.
+        ValueError: if the model has no module of such a name; if it computes something else with
+            ``example_inputs``, or its configuration cannot say which layers are left. The model is
+            as before then.
     """
+    with _undone_by_errors(model):
+        if example_inputs is None:
+            return _close_up(model, eliminated)
+        try:
+            before, again = (_evaluated(model, example_inputs) for _ in range(2))
+        except Exception as error:
+            raise ValueError(
+                f"the model does not run with example_inputs ({error}), so that nobody sees what "
+                "renumbering makes of it: call layerprune.renumber without them if you know"
+            ) from error
+        _close_up(model, eliminated)
+        try:
+            same = _are_alike(before, _evaluated(model, example_inputs), before, again)
+        except Exception as error:
+            raise _not_renumbered(str(error)) from error
+        if not same:
+            raise _not_renumbered("it would compute something else")
+    return model
+
+
+def _not_renumbered(why: str) -> ValueError:
+    return ValueError(
+        f"the model cannot be renumbered ({why.partition(chr(10))[0]}): its forward goes through a "
+        "container by number. Leave the places of what was eliminated as they are"
+    )
+
+
+def _evaluated(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    output = tree_leaves(dry_run(model, inputs, real=True))
+    return [leaf for leaf in output if isinstance(leaf, Tensor)]
+
+
+def _are_alike(
+    one: list[Tensor], other: list[Tensor], before: list[Tensor], again: list[Tensor]
+) -> bool:
+    """Whether two outputs are equal, as far as a model's outputs ever are."""
+    if [each.shape for each in one] != [each.shape for each in other]:
+        return False
+    exactly = all(torch.equal(a, b) for a, b in zip(before, again, strict=True))
+    same = torch.equal if exactly else torch.allclose
+    return all(same(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other, strict=True))
+
+
+@contextmanager
+def _undone_by_errors(model: nn.Module) -> Iterator[None]:
+    """Puts a model's children, their numbers and its configurations back if there is an error."""
+    modules = list(model.modules())
+    children = [(module, dict(module._modules)) for module in modules]
+    numbers = [(m, {name: vars(m)[name] for name in NUMBERS if name in vars(m)}) for m in modules]
+    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}.values()
+    told = [(c, copy.deepcopy(vars(c))) for c in configs if hasattr(c, "to_dict")]
+    try:
+        yield
+    except BaseException:
+        for module, held in children:
+            module._modules.clear()
+            module._modules.update(held)
+        for holder, values in [*numbers, *told]:
+            vars(holder).update(values)
+        raise
+
+
+def _close_up(model: nn.Module, eliminated: Iterable[str]) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     # A section used in several places left the same remainder in each.
     empty = {_left_of(name, modules) for name in eliminated}

@@ -269,3 +269,46 @@ def test_strip_may_be_repeated_and_renumbered_later():
     names = list(pruner.strip().state_dict())
     assert list(pruner.strip().state_dict()) == names and "layer1.1.conv1.weight" not in names
     assert len(pruner.strip(renumber=True).layer1) == 1 == len(pruner.strip(renumber=True).layer1)
+
+
+class Paired(nn.Module):
+    """Its forward combines a container's n-th element with another one's."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(4, 9), nn.GELU(), nn.Linear(9, 4)) for _ in range(3)]
+        self.blocks = nn.ModuleList(GatedResidual(block) for block in blocks)
+        self.scales = nn.ParameterList(torch.randn(4) for _ in range(3))
+
+    def forward(self, x):
+        for block, scale in zip(self.blocks, self.scales, strict=False):
+            x = block(x) * scale
+        return x
+
+
+def test_a_forward_that_goes_by_number_is_refused():
+    torch.manual_seed(0)
+    x, model = torch.randn(5, 4), Paired().eval()
+    pruner = LayerPruner(model, example_inputs=x, total_steps=10, strength=0.1)
+    pruner._run.bank.theta.copy_(torch.tensor([1.0, 0.0, 1.0]))
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match="goes through a container by number"):
+        pruner.strip(renumber=True)
+    assert type(model.blocks[1]) is nn.Identity and len(model.blocks) == 3
+    assert set(model.state_dict()) < set(names)
+    expected = model(x)
+    assert pruner.strip() is model and not pruner.renumbered
+    with pytest.raises(ValueError, match="does not run with example_inputs"):
+        renumber(model, ["blocks.1"], x[:, :2])
+    # Without inputs it is the caller's to know.
+    assert not renumber(model, ["blocks.1"])(x).equal(expected)
+    assert len(model.blocks) == 2
+
+
+def test_the_last_of_paired_elements_may_go():
+    """What is left is combined as before, but for the scale, which is there no more."""
+    torch.manual_seed(0)
+    x, model = torch.randn(5, 4), Paired().eval()
+    nn.init.ones_(model.scales[2])
+    expected = eliminate_sections(model, ["blocks.2"], x)(x)
+    assert renumber(model, ["blocks.2"], x)(x).equal(expected)

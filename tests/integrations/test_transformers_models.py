@@ -38,6 +38,7 @@ DECODERS = {
     "MistralForCausalLM": ("MistralConfig", {**GROUPED, "sliding_window": WINDOW}),
     "Gemma2ForCausalLM": ("Gemma2Config", GEMMA),
     "Gemma3ForCausalLM": ("Gemma3TextConfig", {**GEMMA, "layer_types": TYPES}),
+    "MixtralForCausalLM": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**COMMON, "intermediate_size": 24}),
 }
 HYBRIDS = ["Gemma2ForCausalLM", "Gemma3ForCausalLM"]
@@ -116,6 +117,28 @@ def test_generation_with_a_cache(name, lost):
     expected = _check_generation(model)
     assert _check_generation(closed).equal(expected)
     assert _check_generation(renumber(model, [s.name for s in chosen])).equal(expected)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [["1.self_attn"], ["1.self_attn", "3.self_attn"], ["0.mamba"], ["0.mamba", "0.feed_forward"]],
+)
+def test_a_configuration_that_derives_the_types_of_its_layers(lost):
+    """Jamba's: caches work, and the layers have to keep their places."""
+    config = transformers.JambaConfig(
+        **GROUPED, num_experts=2, mamba_d_state=4, mamba_dt_rank=4, attn_layer_period=2,
+        attn_layer_offset=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.JambaForCausalLM(config).eval()
+    names = [f"model.layers.{name}" for name in lost]
+    expected = _check_generation(eliminate_sections(model, names, EXAMPLE))
+    if len({name.partition(".")[0] for name in lost}) < len(lost):
+        before = dict(model.named_modules()), config.to_dict()
+        with pytest.raises(ValueError, match="JambaConfig derives .* from num_hidden_layers"):
+            renumber(model, names)
+        assert (dict(model.named_modules()), config.to_dict()) == before
+    assert _check_generation(model).equal(expected)
 
 
 def test_a_cache_of_whole_layers_whose_gates_are_closed():
