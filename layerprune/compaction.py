@@ -13,7 +13,7 @@ from layerprune.caches import number_caches
 from layerprune.calls import Inputs, as_call, evaluating
 from layerprune.sections import Section, find_sections
 from layerprune.sections.known import adapter_of, forward_order
-from layerprune.sections.removal import places, remove, remove_emptied
+from layerprune.sections.removal import emptied_by, places, remove, remove_emptied
 
 _NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 _KEEPS_SIGN = (
@@ -70,7 +70,9 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def branch_keys(model: nn.Module, sections: Sequence[Section]) -> set[str]:
     """Keys of a model's `state_dict` that go with sections, wherever these stand in it."""
-    gone = {id(module): keys for s in sections for module, keys in s.branch_tensors()}
+    left = [pair for section in sections for pair in section.branch_tensors()]
+    left += [(module, list(module.state_dict())) for module in emptied_by(sections)]
+    gone = {id(module): keys for module, keys in left}
     return {
         f"{name}.{key}"
         for name, module in model.named_modules(remove_duplicate=False)

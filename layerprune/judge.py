@@ -51,7 +51,9 @@ class Event:
     theta: float
 
     def __str__(self) -> str:
-        told = f"step {self.step}: {self.section} {self.decision} by {self.by}"
+        told = f"step {self.step}: {self.section} {self.decision.replace('-', ' ')}"
+        if self.by != "rounding":  # the decision says so
+            told += f" by {self.by}"
         if self.difference is None:
             return told
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"

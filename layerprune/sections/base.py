@@ -68,6 +68,11 @@ class Section:
         return self.adapter.kind
 
     @property
+    def block(self) -> None:
+        """The block around it, if that is to go with its last branch."""
+        return None
+
+    @property
     def is_gated(self) -> bool:
         """Whether a pruner's gate is attached."""
         return self.adapter.is_gated(self.module)

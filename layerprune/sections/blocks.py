@@ -37,6 +37,20 @@ class ResidualBlock:
         """Those that can be gated."""
         return [branch for each in self.found if isinstance(each, tuple) for branch in each]
 
+    def leave_out_nested(self) -> None:
+        """Forgets branches within others, as of an adapter that adds to what a projection gives."""
+        calls = [step.call for branch in self.branches for step in branch.steps]
+        self.found = [
+            found
+            for found in self.found
+            if not isinstance(found, tuple)
+            or not found
+            or not any(
+                all(call.encloses(s.call) for branch in found for s in branch.steps)
+                for call in calls
+            )
+        ]
+
     @property
     def is_covered(self) -> bool:
         """Whether these are all that it adds."""
@@ -75,6 +89,7 @@ def residual_blocks(
         block.found.append(found)
     for call, block in blocks.items():
         block.returns_stream = call is not None and id(call.results[0]) in streams.get(call, ())
+        block.leave_out_nested()
     return list(blocks.values())
 
 
@@ -107,7 +122,7 @@ def opaque_section(call: Call, trace: Trace, wider: Trace) -> Section:
     x, y = call.given.get(0), call.results[0]
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape):
         raise NotGated("its output has not its input's shape")
-    if any(isinstance(r, Tensor) and trace.uses_of(r, call) for r in call.results[1:]):
+    if _gives_more(call, trace):
         raise NotGated("it returns further tensors that others use")
     batched, shared = _arguments(call, (), trace, wider)
     if 0 not in batched or not _grows(y, wider.calls[call.name][0].results[0], trace, wider):
@@ -146,7 +161,7 @@ def branch_section(branch: Branch, block: ResidualBlock, trace: Trace, wider: Tr
         raise NotGated("its input's first dimension is not the batch")
     largest = max(links, key=lambda link: sum(p.numel() for p in link.module.parameters()))
     return BranchSection(
-        largest.name, largest.module, None, tuple(links), branch.full, _vanishing(block, trace)
+        largest.name, largest.module, None, tuple(links), branch.shaped, _vanishing(block, trace)
     )
 
 
@@ -157,13 +172,21 @@ def _vanishing(block: ResidualBlock, trace: Trace) -> Block | None:
         return None
     if len(trace.calls[call.name]) > 1 or not isinstance(call.given.get(0), Tensor):
         return None
+    if _gives_more(call, trace):
+        return None
     # What is written in place leaves the stream the same tensor, and yet another one.
     steps = [step.call for branch in block.branches for step in branch.steps]
     for time in trace.writes:
         if call.start < time < call.end and not any(s.start < time < s.end for s in steps):
             return None
     link = Link(call.name, call.module, width=call.width, several_arguments=len(call.given) > 1)
-    return Block(link, len(block.branches))
+    ends = [branch.steps[-1].call.name for branch in block.branches]
+    return Block(link, tuple(end.removeprefix(f"{call.name}.") for end in ends))
+
+
+def _gives_more(call: Call, trace: Trace) -> bool:
+    """Whether others use what a module returns besides its first result."""
+    return any(isinstance(r, Tensor) and trace.uses_of(r, call) for r in call.results[1:])
 
 
 def _check_called_once(call: Call, trace: Trace) -> None:

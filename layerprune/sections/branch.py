@@ -74,16 +74,16 @@ class Block:
 
     Attributes:
         link: the block, and how it is called.
-        branches: how many branches it has.
+        ends: names, within the block, of the last modules of its branches.
     """
 
     link: Link
-    branches: int
+    ends: tuple[str, ...]
 
     def is_void(self) -> bool:
         """Whether all branches are gone."""
-        left = sum(isinstance(module, Nothing) for module in self.link.module.modules())
-        return left == self.branches
+        modules = dict(self.link.module.named_modules())
+        return all(isinstance(modules.get(end), Nothing) for end in self.ends)
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class BranchSection(Section):
 
     Attributes:
         links: the modules, in the order of their calls.
-        full: whether a removed branch has to give zeros of its input's shape.
+        shaped: whether a removed branch has to give zeros of its input's shape.
         block: the block, if that is to go with its last branch.
     """
 
     links: tuple[Link, ...] = ()
-    full: bool = False
+    shaped: bool = False
     block: Block | None = None
 
     @property
@@ -118,7 +118,7 @@ class BranchSection(Section):
         from layerprune.sections.branch_twin import BranchTwin, Passage
         from layerprune.sections.twins import twin_of
 
-        passage = Passage(gate, self.links[0], self.links[-1], self.full)
+        passage = Passage(gate, self.links[0], self.links[-1], self.shaped)
         for link in self.links:
             if not isinstance(link.module, BranchTwin):
                 link.module.__class__ = twin_of(BranchTwin, type(link.module))
@@ -133,7 +133,7 @@ class BranchSection(Section):
     def remainders(self, nonnegative_input: bool) -> list[tuple[nn.Module, nn.Module]]:
         """See `Section`."""
         last = self.links[-1]
-        nothing_left = Nothing(last.keys[0], last.place, last.width, self.full)
+        nothing_left = Nothing(last.keys[0], last.place, last.width, self.shaped)
         pairs = [(link.module, link.remainder()) for link in self.links[:-1]]
         return [*pairs, (last.module, nothing_left)]
 
@@ -155,14 +155,14 @@ class BranchSection(Section):
         """See `Section`."""
         block = self.block and {
             **self.block.link.description(),
-            "branches": self.block.branches,
+            "ends": list(self.block.ends),
         }
         return {
             "name": self.name,
             "kind": self.kind,
             "several_arguments": False,
             "links": [link.description() for link in self.links],
-            "full": self.full,
+            "shaped": self.shaped,
             "block": block,
         }
 

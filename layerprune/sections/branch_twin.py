@@ -27,14 +27,14 @@ class Passage:
         gate: the section's gate.
         first: its first module.
         last: its last one, which may be the same.
-        full: as in `BranchSection`.
+        shaped: as in `BranchSection`.
     """
 
-    def __init__(self, gate: Gate, first: Link, last: Link, full: bool) -> None:
+    def __init__(self, gate: Gate, first: Link, last: Link, shaped: bool) -> None:
         self.gate = gate
         self._first = first
         self._last = last
-        self._full = full
+        self._shaped = shaped
         self._draw: SectionDraw | bool = True
         self._replays = False
 
@@ -86,7 +86,7 @@ class Passage:
         return draw if isinstance(draw, bool) or not draw.needs_no_gate() else True
 
     def _skipped(self, link: Link, x: Tensor) -> object:
-        value = nothing(x, self._full) if link is self._last else x
+        value = nothing(x, self._shaped) if link is self._last else x
         return in_place(value, link.place, link.width)
 
     def _enter(self, training: bool, x: Tensor) -> None:

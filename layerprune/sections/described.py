@@ -48,8 +48,8 @@ def _branch_at(
     links = tuple(_link(each, modules) for each in part["links"])
     if name not in [link.name for link in links]:
         return None
-    block = block and Block(_link(block, modules), block["branches"])
-    return BranchSection(name, modules[name], None, links, part["full"], block)
+    block = block and Block(_link(block, modules), tuple(block["ends"]))
+    return BranchSection(name, modules[name], None, links, part["shaped"], block)
 
 
 def _link(part: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Link:
@@ -82,8 +82,16 @@ def is_well_formed(part: Mapping[str, Any]) -> bool:
         and 0 < len(links) <= _MOST
         and all(map(_is_link, links))
         and len({link["name"] for link in links}) == len(links)
-        and isinstance(part["full"], bool)
-        and (block is None or (_is_link(block) and _is_count(block["branches"])))
+        and isinstance(part["shaped"], bool)
+        and (block is None or (_is_link(block) and _are_names(block["ends"])))
+    )
+
+
+def _are_names(part: object) -> bool:
+    return (
+        isinstance(part, list)
+        and 0 < len(part) <= _MOST
+        and all(isinstance(name, str) for name in part)
     )
 
 

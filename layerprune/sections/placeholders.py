@@ -40,23 +40,23 @@ class Nothing(PassThrough):
         key: as in `PassThrough`.
         place: as in `PassThrough`.
         width: as in `PassThrough`.
-        full: whether the zeros have the input's shape; else it is a single one.
+        shaped: whether the zeros have the input's shape; else it is a single one.
     """
 
     def __init__(
-        self, key: int | str = 0, place: int = 0, width: int | None = None, full: bool = False
+        self, key: int | str = 0, place: int = 0, width: int | None = None, shaped: bool = False
     ) -> None:
         super().__init__(key, place, width)
-        self.full = full
+        self.shaped = shaped
 
     def value(self, x: Tensor) -> Tensor:
         """Zero, or zeros."""
-        return nothing(x, self.full)
+        return nothing(x, self.shaped)
 
 
-def nothing(x: Tensor, full: bool) -> Tensor:
+def nothing(x: Tensor, shaped: bool) -> Tensor:
     """Zero, as what a branch adds; a single one where whoever adds it can broadcast."""
-    return torch.zeros_like(x) if full else x.new_zeros(())
+    return torch.zeros_like(x) if shaped else x.new_zeros(())
 
 
 def in_place(value: Tensor, place: int, width: int | None) -> Tensor | tuple[Tensor | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -35,6 +36,12 @@ def remove_emptied(model: nn.Module, sections: Sequence[Section]) -> Swapped:
     for section in sections:
         swapped += _put_all(model, section.emptied())
     return swapped
+
+
+def emptied_by(sections: Sequence[Section]) -> list[nn.Module]:
+    """The blocks that do nothing once sections are gone from a model that has them all."""
+    found = Counter(section.block for section in sections if section.block is not None)
+    return [block.link.module for block, count in found.items() if count == len(block.ends)]
 
 
 def _put_all(model: nn.Module, pairs: Swapped) -> Swapped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,18 +22,31 @@ from layerprune.sections.trace import Recording
 
 
 @dataclass
+class Candidate:
+    """What may be made of a block.
+
+    Attributes:
+        sections: it.
+        lacks: why a part of the block has no gate then; None if every part has one.
+    """
+
+    sections: list[Section]
+    lacks: str | None = None
+
+
+@dataclass
 class Choice:
     """What to make of one block: the first of its candidates with which the model runs.
 
     Attributes:
         name: the block's.
         kind: its class: what runs for one runs for all.
-        candidates: lists of sections.
+        candidates: in the order of preference.
     """
 
     name: str
     kind: type
-    candidates: list[list[Section]]
+    candidates: list[Candidate]
 
 
 class Search:
@@ -71,19 +84,20 @@ class Search:
                 continue
             if call is not None and is_ignored(name, call.module, self._ignored):
                 continue
-            reasons = [str(found) for found in block.found if isinstance(found, NoBranch)]
             if name in self._looked_into:
                 self.left_out[name] = "torch's own forward looks into the first layer"
                 continue
-            parts, whole = self._parts(block, there, reasons), self._whole(block, there, reasons)
+            parts, whole = self._parts(block, there), self._whole(block, there)
             candidates = [whole, parts]
-            if len(parts) > 1 and block.is_covered:
+            if len(parts.sections) > 1 and block.is_covered:
                 candidates = [parts, whole]
-            candidates = [candidate for candidate in candidates if candidate]
-            if candidates:
-                choices.append(Choice(name, type(call and call.module), candidates))
-            if reasons and not (whole or parts and block.is_covered):
-                self.left_out[name] = reasons[0]
+            possible = [candidate for candidate in candidates if candidate.sections]
+            if possible:
+                choices.append(Choice(name, type(call and call.module), possible))
+            elif parts.lacks:
+                self.left_out[name] = parts.lacks
+                if whole.lacks:
+                    self.left_out[name] += f"; as a whole: {whole.lacks}"
         return choices
 
     def plain_choices(self) -> list[Choice]:
@@ -102,25 +116,23 @@ class Search:
                 section = opaque_section(self._trace.calls[name][0], self._trace, self._wider)
             except NotGated:
                 continue
-            choices.append(Choice(name, type(module), [[section]]))
+            choices.append(Choice(name, type(module), [Candidate([section])]))
         return choices
 
-    def _whole(self, block: ResidualBlock, there: list[str], reasons: list[str]) -> list[Section]:
+    def _whole(self, block: ResidualBlock, there: list[str]) -> Candidate:
         call = block.call
-        if call is None:
-            return []
-        if call.name not in self._stacked and not block.is_covered:
-            return []  # it may be any part of a model
+        if call is None or (call.name not in self._stacked and not block.is_covered):
+            return Candidate([])  # it may be any part of a model
         try:
             if any(is_inside(name, [call.name]) for name in there):
                 raise NotGated("it holds other sections")
-            return [opaque_section(call, self._trace, self._wider)]
+            return Candidate([opaque_section(call, self._trace, self._wider)])
         except NotGated as why:
-            reasons.append(str(why))
-            return []
+            return Candidate([], str(why))
 
-    def _parts(self, block: ResidualBlock, there: list[str], reasons: list[str]) -> list[Section]:
+    def _parts(self, block: ResidualBlock, there: list[str]) -> Candidate:
         sections = []
+        reasons = [str(found) for found in block.found if isinstance(found, NoBranch)]
         for branch in block.branches:
             try:
                 section = branch_section(branch, block, self._trace, self._wider)
@@ -133,7 +145,7 @@ class Search:
                 reasons.append("its branch holds other sections")
             elif not any(is_ignored(k.name, k.module, self._ignored) for k in section.links):
                 sections.append(section)
-        return sections
+        return Candidate(sections, reasons[0] if reasons else None)
 
 
 def that_run(
@@ -145,26 +157,35 @@ def that_run(
 
     Args:
         choices: of the blocks.
-        left_out: where those without a section are put, with the reason.
+        left_out: where those that lack a section are put, with the reason.
         failing: tells why a model does not run with some sections gated.
     """
-    first = [section for choice in choices for section in choice.candidates[0]]
-    if not first or failing(first) is None:
-        return first
+    first = {choice.name: choice.candidates[0] for choice in choices}
+    sections = _sections_of(first)
+    if not sections or failing(sections) is None:
+        return _taken(first, left_out)
     running = []
     for kind in dict.fromkeys(choice.kind for choice in choices):
         alike = [choice for choice in choices if choice.kind is kind]
         reasons = []
         for number in range(max(len(choice.candidates) for choice in alike)):
-            tried = [s for c in alike for s in (c.candidates[number:] or [[]])[0]]
-            reasons.append(failing(tried))
+            tried = {c.name: c.candidates[number] for c in alike if number < len(c.candidates)}
+            reasons.append(failing(_sections_of(tried)))
             if reasons[-1] is None:
-                running += tried
+                running += _taken(tried, left_out)
                 break
         else:
-            why = "; ".join(dict.fromkeys(reasons))  # of the parts, and of the whole
-            left_out |= {choice.name: why for choice in alike}
+            left_out |= {choice.name: "; ".join(dict.fromkeys(reasons)) for choice in alike}
     return running
+
+
+def _sections_of(candidates: Mapping[str, Candidate]) -> list[Section]:
+    return [section for each in candidates.values() for section in each.sections]
+
+
+def _taken(candidates: Mapping[str, Candidate], left_out: dict[str, str]) -> list[Section]:
+    left_out |= {name: each.lacks for name, each in candidates.items() if each.lacks}
+    return _sections_of(candidates)
 
 
 def is_ignored(name: str, module: nn.Module, ignored: tuple) -> bool:

@@ -9,10 +9,13 @@ from torch import nn
 
 import layerprune
 from layerprune import GatedResidual, LayerPruner, survey
-from layerprune.compaction import eliminate_sections, verify
+from layerprune.compaction import branch_keys, eliminate_sections, verify
 from layerprune.gate import Gate
 
 WIDTH, ROWS = 6, 8
+REUSED = (
+    "blocks.0.norm is called more than once; as a whole: it is called more than once in a forward"
+)
 
 
 class Mlp(nn.Module):
@@ -155,6 +158,49 @@ class Parallel(TwoBranches):
         return y + x
 
 
+class SharedNorm(TwoBranches):
+    """One norm in front of both branches, whose sum is added, as in Phi's and GPT-J's layers."""
+
+    def forward(self, x):
+        y = self.norm1(x)
+        return self.mixer(y) + self.mlp(y) + x
+
+
+class SharedNormInTurn(TwoBranches):
+    """The branches are added one after the other, as in Cohere's layers."""
+
+    def forward(self, x):
+        y = self.norm1(x)
+        return x + self.mixer(y) + self.mlp(y)
+
+
+class Adapted(nn.Module):
+    """A linear map with an adapter of low rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+        self.up = nn.Linear(2, WIDTH)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class AdaptedMixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Adapted(), Adapted()
+
+    def forward(self, x):
+        return self.two(self.one(x).tanh())
+
+
+def mixing(mixer):
+    block = TwoBranches()
+    block.mixer = mixer
+    return block
+
+
 class LooksInside(TwoBranches):
     """As mT5's layers, it asks a module of its own for the type of its weights."""
 
@@ -217,6 +263,18 @@ CASES = {
         {f"{i}.{part}": "branch" for i in range(2) for part in ("mixer", "mlp")},
     ),
     "parallel": (lambda: residual(Parallel()), {"0.mixer": "branch", "0.mlp": "branch"}),
+    "shared norm": (
+        lambda: residual(SharedNorm(), SharedNorm()),
+        {f"{i}.{part}": "branch" for i in range(2) for part in ("mixer", "mlp")},
+    ),
+    "shared norm in turn": (
+        lambda: residual(SharedNormInTurn(), SharedNormInTurn()),
+        {f"{i}.{part}": "branch" for i in range(2) for part in ("mixer", "mlp")},
+    ),
+    "adapters": (
+        lambda: residual(mixing(AdaptedMixer())),
+        {"0.mixer": "branch", "0.mlp": "branch"},
+    ),
     "looks inside": (
         lambda: residual(LooksInside(), LooksInside()),
         {"0": "opaque", "1": "opaque"},
@@ -236,6 +294,18 @@ def test_what_is_found(name):
     assert found(make()) == (expected, {})
 
 
+def test_adapters_in_a_sequence():
+    """Its elements are blocks of their own, so that the branch around them has no gate."""
+    torch.manual_seed(0)
+    model = residual(mixing(nn.Sequential(Adapted(), nn.GELU(), Adapted()))).eval()
+    sections, left_out = found(model)
+    assert sections == {"0.mixer.0": "opaque", "0.mixer.2": "opaque", "0.mlp": "branch"}
+    assert left_out == {"0": "its branch holds other sections"}
+    x = torch.randn(ROWS, WIDTH)
+    compacted = eliminate_sections(copy.deepcopy(model), [*sections], x)
+    torch.testing.assert_close(compacted(x), model[1](x + nn.GELU()(model[0].norm1(x))))
+
+
 def test_the_inner_one_of_nested_blocks():
     sections, left_out = found(Nested())
     assert sections == {"inner.0": "opaque", "inner.1": "opaque"}
@@ -245,10 +315,13 @@ def test_the_inner_one_of_nested_blocks():
 def test_what_cannot_be_gated_says_why():
     sections, left_out = found(Reused())
     assert sections == {"blocks.1": "opaque"}
-    assert left_out == {"blocks.0": "blocks.0.norm is called more than once"}
+    assert left_out == {"blocks.0": REUSED}
     sections, left_out = found(Talking())
     assert sections == {"layers.1": "opaque"}
-    assert left_out == {"layers.0": "what layers.0.mlp returns is used by others too"}
+    assert left_out == {
+        "layers.0": "what layers.0.mlp returns is used by others too; "
+        "as a whole: it returns further tensors that others use"
+    }
     sections, left_out = found(LooksIntoBlocks())
     assert sections == {"blocks.1": "opaque"}
     assert set(left_out) == {"blocks.0", "blocks.2"}, "what holds for one block holds for its kind"
@@ -306,6 +379,8 @@ def test_a_closed_gate_is_the_compacted_model(name):
         names = [section.name for section in chosen]
         compacted = eliminate_sections(copy.deepcopy(model), names, x)
         assert verify(gated, compacted, [x]) == 0.0
+        left = set(model.state_dict()) - branch_keys(model, chosen)
+        assert set(compacted.state_dict()) == left
 
 
 def test_a_block_goes_with_its_last_branch():
@@ -351,5 +426,5 @@ def test_stochastic_depth_of_its_own():
 
 def test_the_table_says_what_has_no_gate():
     pruner = LayerPruner(Reused(), example_inputs=torch.randn(2, WIDTH), total_steps=99, strength=1)
-    assert pruner.left_out == {"blocks.0": "blocks.0.norm is called more than once"}
+    assert pruner.left_out == {"blocks.0": REUSED}
     assert "blocks.0 has no gate: blocks.0.norm is called more than once" in str(pruner)

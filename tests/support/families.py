@@ -364,6 +364,20 @@ FAMILIES = {
         names=r"gpt_neox\.layers\.\d\.(attention|mlp)",
         block="gpt_neox.layers.1",
     ),
+    "transformers-phi": _transformers(
+        "Phi", "PhiForCausalLM", "PhiConfig", _GROUPED, inputs=padded, **_DECODER
+    ),
+    "transformers-cohere": _transformers(
+        "Cohere", "CohereForCausalLM", "CohereConfig", _GROUPED, inputs=padded, **_DECODER
+    ),
+    "transformers-mixtral": _transformers(
+        "Mixtral",
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**_GROUPED, "num_local_experts": 4},
+        inputs=padded,
+        **_DECODER,
+    ),
     "transformers-opt": _transformers(
         "OPT",
         "OPTForCausalLM",
