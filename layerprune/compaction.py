@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from layerprune.caches import number_caches
 from layerprune.calls import Inputs, as_call, evaluating
+from layerprune.optimizers import forget
 from layerprune.sections import Section, find_sections
 from layerprune.sections.known import adapter_of, forward_order
 from layerprune.sections.removal import emptied_by, places, remove, remove_emptied
@@ -26,46 +26,6 @@ _KEEPS_SIGN = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
 )
-_REFUSED_OPTIMIZERS = (torch.optim.LBFGS, torch.optim.SparseAdam)
-
-
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuses an optimizer that compaction could not serve.
-
-    Raises:
-        TypeError: for LBFGS and SparseAdam, for those of ``torch.distributed``, for one that wraps
-            another and keeps groups or state of its own, and for what is no optimizer.
-        ValueError: if the optimizer holds none of the model's parameters.
-    """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    if isinstance(optimizer, _REFUSED_OPTIMIZERS):
-        raise TypeError(
-            f"{type(optimizer).__name__} keeps state that cannot be split by parameter; "
-            "use SGD, Adam, AdamW or another optimizer of torch.optim"
-        )
-    if any(kind.__module__.startswith("torch.distributed.") for kind in type(optimizer).__mro__):
-        raise TypeError(
-            f"{type(optimizer).__name__} spreads its state over ranks or averages by itself, which "
-            "compaction does not reach: use an optimizer of torch.optim on every rank"
-        )
-    for inner in tree_leaves(vars(optimizer)):
-        if isinstance(inner, torch.optim.Optimizer) and not (
-            inner.state is optimizer.state and inner.param_groups is optimizer.param_groups
-        ):
-            raise TypeError(
-                f"{type(optimizer).__name__} wraps {type(inner).__name__} and keeps parameter "
-                "groups or state apart from it, which compaction does not reach: use "
-                f"{type(inner).__name__} itself"
-            )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held.isdisjoint(map(id, model.parameters())):
-        raise ValueError(
-            "the optimizer holds none of the model's parameters: make it from the "
-            "parameters of the very model that the pruner was given"
-        )
 
 
 def branch_keys(model: nn.Module, sections: Sequence[Section]) -> set[str]:
@@ -91,8 +51,8 @@ def remove_sections(
     Args:
         model: the model, changed in place.
         sections: sections of that model, gated or not.
-        optimizers: those to shrink along, which `check_optimizer` accepts; they may hold none of
-            the parameters any more.
+        optimizers: those to shrink along, which `optimizers.check_optimizer` accepts; they may hold
+            none of the parameters any more.
     """
     before = {id(p) for p in model.parameters()}
     remove(model, sections, lambda module: _nonnegative_input(model, places(model, module)))
@@ -100,7 +60,7 @@ def remove_sections(
     number_caches(model)
     gone = before - {id(p) for p in model.parameters()}
     for optimizer in optimizers:
-        _forget(optimizer, gone)
+        forget(optimizer, gone)
 
 
 def eliminate_sections(model: nn.Module, names: Iterable[str], example_inputs: Inputs) -> nn.Module:
@@ -158,19 +118,6 @@ def verify(gated: nn.Module, compacted: nn.Module, batches: Iterable[Inputs]) ->
     if not compared:
         raise ValueError("batches is empty: give at least one batch of inputs")
     return worst
-
-
-def _forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
-    """Takes parameters, given by their ids, out of an optimizer's groups and its state."""
-    for group in optimizer.param_groups:
-        stays = [id(parameter) not in gone for parameter in group["params"]]
-        for parameter, stay in zip(group["params"], stays, strict=True):
-            if not stay:
-                optimizer.state.pop(parameter, None)
-        # Groups made from `named_parameters()` list the names alongside.
-        for key in ("params", "param_names"):
-            if key in group:
-                group[key][:] = compress(group[key], stays)
 
 
 def _named(sections: dict[str, Section], name: str) -> Section:

@@ -12,14 +12,15 @@ from torch.optim.swa_utils import AveragedModel
 from layerprune import ops
 from layerprune.agreement import Agreement, digest
 from layerprune.calls import Inputs, evaluating
-from layerprune.compaction import branch_keys, check_optimizer
+from layerprune.compaction import branch_keys
 from layerprune.config import Phase, PruneConfig, Schedule
 from layerprune.cost import forward_flops, relative_costs
-from layerprune.decisions import apply_verdict, attracted, check_decay, round_by_theta
+from layerprune.course import change_phase, learn
+from layerprune.decisions import check_decay, round_by_theta
 from layerprune.depth import note_eliminated
 from layerprune.difference import measured_difference
 from layerprune.drop_path import stochastic_depth
-from layerprune.evidence import PendingEvidence, StepEvidence
+from layerprune.evidence import PendingEvidence
 from layerprune.forwards import Forwards
 from layerprune.gates import GateBank
 from layerprune.idle import drop_idle_gradients
@@ -29,6 +30,7 @@ from layerprune.latency import section_latencies
 from layerprune.learner import ThetaLearner
 from layerprune.ledger import Ledger
 from layerprune.network import Network
+from layerprune.optimizers import check_optimizer, step_optimizers
 from layerprune.prior import penalties
 from layerprune.ranks import Ranks
 from layerprune.run import RunState
@@ -268,23 +270,10 @@ class LayerPruner:
                 not a whole number of at least 1.
         """
         run = self._run
-        several = isinstance(optimizer, list | tuple)
-        optimizers = tuple(optimizer) if several else (optimizer,)
         with run.ledger.timed("step"):
-            if not (isinstance(accumulation, int) and accumulation >= 1):
-                raise ValueError(f"accumulation must be a whole number >= 1, got {accumulation!r}")
-            if not (scaler is None or isinstance(scaler, torch.amp.GradScaler)):
-                raise TypeError(f"scaler must be a GradScaler or None, got {type(scaler).__name__}")
-            if scaler is not None and scaler.is_enabled() and not skipped:
-                if not all(map(scaler._found_inf_per_device, optimizers)):
-                    raise RuntimeError(
-                        "with a scaler, call the pruner's step after scaler.step(optimizer) and "
-                        "before scaler.update()"
-                    )
+            optimizers = step_optimizers(optimizer, scaler, accumulation, skipped)
             self.ranks.check()
             if optimizers != self._optimizers:
-                if not optimizers:
-                    raise TypeError("optimizer is an empty list: give all that hold parameters")
                 for each in optimizers:
                     check_optimizer(self.model, each)
                 if run.config.rule == "attraction":
@@ -306,13 +295,13 @@ class LayerPruner:
                     skipped,
                 )
             )
-            gone = self._learn(run.evidence.take(self._agreement.pool))
+            gone = learn(run, self._learner, run.evidence.take(self._agreement.pool))
             if run.step_count + 1 == run.schedule.total_steps:
                 gone += round_by_theta(run, leaving=gone)
             if gone:
                 self._eliminate(gone, optimizers)
             run.step_count += 1
-            self._change_phase(phase)
+            change_phase(run, self._learner, phase)
             run.bank.advance()
             self._learner.allocate_probes()
             self._take_gates_off_if_done()
@@ -491,38 +480,6 @@ class LayerPruner:
 
     def _rows_factor(self, batch_size: int) -> float:
         return float(batch_size) if self.loss_reduction == "mean" else 1.0
-
-    def _learn(self, evidence: StepEvidence | None) -> list[int]:
-        """Learns from a step's evidence; returns the sections that it eliminates."""
-        run = self._run
-        if evidence is not None:
-            if not evidence.check():
-                return []
-            if evidence.slope is not None and run.phase != "cool-down":
-                self._learner.move(evidence.slope, evidence.counted)
-        learning = run.phase == "learning"
-        if run.config.rule == "attraction" and learning:
-            return attracted(run)
-        index = run.judge.current
-        if index is None or evidence is None or evidence.section != index:
-            return []
-        if not learning and evidence.step <= run.schedule.learning_end:
-            return []  # rounding begins afresh
-        verdict = run.judge.hear(evidence.measurement, run.step_count, learning)
-        if verdict is None or not apply_verdict(run, self._learner, index, verdict):
-            return []
-        return [index]
-
-    def _change_phase(self, phase: Phase) -> None:
-        run = self._run
-        if phase == "warm-up" and run.step_count >= run.schedule.warm_up_end:
-            late = run.step_count >= run.schedule.warm_up_limit
-            if late or self._learner.some_section_pays():
-                run.learning_since = run.step_count
-        if run.step_count == run.schedule.learning_end:
-            run.judge.begin_rounding(
-                len(run.where("open")), run.schedule.total_steps - run.step_count
-            )
 
     def _take_gates_off_if_done(self) -> None:
         """Ends the gates' own cost with the last decision: the model trains on as a plain one."""

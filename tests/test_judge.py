@@ -312,4 +312,4 @@ def test_an_event_reads_as_a_sentence():
     event = Event(7, "a", "eliminated", "test", -0.0012, 0.0003, 8, 0.01, 0.0)
     assert str(event) == "step 7: a eliminated by test, worth +0.0012 ± 0.0003 (needed: 0.0100)"
     without = Event(9, "a", "rounded-on", "rounding", None, None, 0, 0.01, 0.6)
-    assert str(without) == "step 9: a rounded-on by rounding"
+    assert str(without) == "step 9: a rounded on"

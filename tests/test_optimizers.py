@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 
 from layerprune import GatedResidual, LayerPruner, find_sections
-from layerprune.compaction import check_optimizer, remove_sections
+from layerprune.compaction import remove_sections
+from layerprune.optimizers import check_optimizer
 
 KINDS = {
     name: kind

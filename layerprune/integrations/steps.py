@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from layerprune.compaction import check_optimizer
+from layerprune.optimizers import check_optimizer
 from layerprune.pruner import LayerPruner, StepReport
 
 _GIVEN = {"model", "example_inputs", "total_steps", "ema"}
