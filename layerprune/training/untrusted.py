@@ -178,22 +178,26 @@ def _check_sizes(content: Any) -> None:
     Such are tensors of more elements than they have memory for, by a stride of 0, and containers
     that hold each other many times over.
     """
-    waiting, count = [[content]], 0
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            held = value.untyped_storage().nbytes()
-            if value.numel() * value.element_size() > held:
-                raise ValueError(
-                    f"a tensor of shape {list(value.shape)} has only {held} bytes of its own: "
-                    "save its clone()"
-                )
-        else:
-            count += len(value)
+    # Level by level: an object that stands often in a level is looked at once.
+    level, count = {id(content): (content, 1)}, 0
+    while level:
+        below: dict[int, tuple[Any, int]] = {}
+        for value, times in level.values():
+            if isinstance(value, Tensor):
+                held = value.untyped_storage().nbytes()
+                if value.numel() * value.element_size() > held:
+                    raise ValueError(
+                        f"a tensor of shape {list(value.shape)} has only {held} bytes of its own: "
+                        "save its clone()"
+                    )
+                continue
+            count += times * len(value)
             if count > _VALUES_LIMIT:
                 raise ValueError(f"it holds more than {_VALUES_LIMIT} values")
-            children = [*value, *value.values()] if isinstance(value, dict) else value
-            waiting += [child for child in children if isinstance(child, _NESTED)]
+            for child in [*value, *value.values()] if isinstance(value, dict) else value:
+                if isinstance(child, _NESTED):
+                    below[id(child)] = child, times + below.get(id(child), (child, 0))[1]
+        level = below
 
 
 def _check_archive(path: Path) -> None:
