@@ -26,7 +26,8 @@ define check_python
 endef
 
 SANITIZED := build/sanitized
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+# Of symbols the lines alone, which reports name; all of them take longer than the rest.
+SANITIZE := -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 WATCHED = ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$(CURDIR)/$(SANITIZED)" LD_PRELOAD="$$($(CXX) \
     -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 # torch.compile does not build its C++ under these settings.
@@ -63,12 +64,12 @@ test: $(READY)  ## run the tests; those of the operations on each of their imple
 # the others are like them.
 sanitize: $(READY)  ## run the operations' tests with AddressSanitizer and UBSan (gcc)
 	rm -rf $(SANITIZED)
-	CFLAGS="-g $(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" LAYERPRUNE_BUILD=cpu $(RUN) -m pip \
+	CFLAGS="$(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" LAYERPRUNE_BUILD=cpu $(RUN) -m pip \
 	    install --quiet --no-build-isolation --no-deps --target $(SANITIZED) .
 	cd tests && for capability in avx2 default; do \
 	    ATEN_CPU_CAPABILITY=$$capability LAYERPRUNE_BACKEND=compiled $(SINGLE) $(WATCHED) \
 	    $(RUN) -m pytest $(SHARED) ops -k $(NO_INDUCTOR) || exit 1; done
-	cd tests && CFLAGS="-g $(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" $(SINGLE) $(WATCHED) \
+	cd tests && CFLAGS="$(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" $(SINGLE) $(WATCHED) \
 	    $(RUN) -m pytest $(SHARED) gpu/operators -k "not dtype1 and not dtype2 and not 3000"
 
 test-oldest: $(READY)  ## build with this torch, run the core's tests under the oldest one

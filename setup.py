@@ -139,9 +139,12 @@ def extensions() -> list[setuptools.Extension]:
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 
     headers = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
+    given = os.environ.get("CFLAGS", "")
+    # A sanitizer looks at the code as it is before it is improved, which takes most of the time.
+    level = "-O1" if "-fsanitize" in given else "-O3"
     # Without errno and traps, which nobody asks for, more loops become vectors; no value changes.
-    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-    if "-g" not in os.environ.get("CFLAGS", "").split():
+    flags = [level, "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    if not any(flag.startswith("-g") for flag in given.split()):
         flags.append("-g0")  # Python's own flags ask for symbols, which fill most of a library
     oldest = "0x{:02x}{:02x}000000000000".format(*TORCH_OLDEST)
     stable = [*flags, f"-DTORCH_TARGET_VERSION={oldest}"]
