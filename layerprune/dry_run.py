@@ -78,12 +78,19 @@ def _fake_state(model: nn.Module) -> dict[str, Tensor]:
     # One name for every tensor of every module: of two for the same, functional_call would put back
     # one that is a fake.
     return {
-        f"{path}.{name}" if path else name: torch.empty_like(tensor, device="cpu")
+        f"{path}.{name}" if path else name: _fake(tensor)
         for path, module in model.named_modules()
         for held in (module._parameters, module._buffers)
         for name, tensor in held.items()
         if tensor is not None
     }
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    if tensor.layout is not torch.strided:
+        return torch.empty_like(tensor, device="cpu")
+    # Not of the tensor itself, all of which would first be described as a fake: ten times as long.
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 @contextmanager
