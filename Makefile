@@ -55,7 +55,7 @@ demo: $(READY)  ## train and prune on images of digits, a minute or two; writes 
 
 test: $(READY)  ## run the tests; those of the operations on each of their implementations
 	$(SINGLE) $(RUN) -m pytest $(SHARED)
-	ATEN_CPU_CAPABILITY=default $(RUN) -m pytest $(SHARED) tests/ops -k $(NO_INDUCTOR)
+	ATEN_CPU_CAPABILITY=default $(SINGLE) $(RUN) -m pytest $(SHARED) tests/ops -k $(NO_INDUCTOR)
 	TRITON_INTERPRET=1 LAYERPRUNE_BACKEND=eager $(SINGLE) $(RUN) -m pytest $(SHARED) \
 	    tests/ops tests/gpu/operators
 
