@@ -100,15 +100,17 @@ def check_mask(implementation, x, branch, grad, gate, slot, y):
         assert torch.equal(one, other) and one.stride() == other.stride()
 
 
-@pytest.mark.parametrize("slots", SLOTS, ids=str)
 @pytest.mark.parametrize(("relu", "lerp"), FORMS, ids=("add", "relu", "lerp"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_residual(implementation, close, dtype, layout, relu, lerp, slots):
+def test_residual(implementation, close, dtype, layout, relu, lerp):
+    # A slow one takes a choice of rows in turn, which meets every dtype, layout and form.
+    turn = DTYPES.index(dtype) + LAYOUTS.index(layout) + FORMS.index((relu, lerp))
     for shape in SHAPES[:1] if implementation.slow else SHAPES:
-        arguments = tensors(shape, dtype, layout, slots)
-        askings = ASKED[:2] if implementation.slow else ASKED
-        check(implementation, close, *arguments, relu, lerp, askings)
+        for slots in [SLOTS[turn % len(SLOTS)]] if implementation.slow else SLOTS:
+            arguments = tensors(shape, dtype, layout, slots)
+            askings = ASKED[:2] if implementation.slow else ASKED
+            check(implementation, close, *arguments, relu, lerp, askings)
 
 
 @pytest.mark.parametrize(("relu", "lerp"), FORMS, ids=("add", "relu", "lerp"))
