@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerprune.calls import Inputs, batch_size_of
-from layerprune.dry_run import FEW, dry_run
+from layerprune.dry_run import FEW, DryRuns
 
 
 def forward_flops(model: nn.Module, inputs: Inputs) -> dict[str, float]:
@@ -29,8 +29,9 @@ def forward_flops(model: nn.Module, inputs: Inputs) -> dict[str, float]:
 
 
 def _counted(model: nn.Module, inputs: Inputs, rows: int, real: bool) -> dict[str, float]:
+    runs = DryRuns(model, inputs, real)
     with FlopCounterMode(display=False, custom_mapping=_FURTHER) as counter:
-        dry_run(model, inputs, rows, real=real)
+        runs.run(rows)
     root = type(model).__name__
     counts = {}
     for name, by_operation in counter.get_flop_counts().items():

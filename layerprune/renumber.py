@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from layerprune.caches import NUMBERS, number_caches
 from layerprune.calls import Inputs
 from layerprune.depth import rename_eliminated, shrink_config
-from layerprune.dry_run import dry_run
+from layerprune.dry_run import DryRuns
 from layerprune.sections.placeholders import PassThrough
 
 
@@ -75,7 +75,7 @@ def _not_renumbered(why: str) -> ValueError:
 
 
 def _evaluated(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    output = tree_leaves(dry_run(model, inputs, real=True))
+    output = tree_leaves(DryRuns(model, inputs, real=True).run())
     return [leaf for leaf in output if isinstance(leaf, Tensor)]
 
 

@@ -30,8 +30,9 @@ class RandomState:
 
 @contextmanager
 def side_forward(model: nn.Module) -> Iterator[None]:
-    """Lets a forward leave no trace: no graph, buffers and random state as before."""
+    """Lets a forward leave no graph, and the buffers and torch's random states as they were."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    held = [(module, dict(module._buffers)) for module in model.modules()]
     random = RandomState(model)
     # A compiler would compile anew for it, and draw other masks than it did with a graph.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -39,6 +40,9 @@ def side_forward(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             random.restore()
+            for module, named in held:  # a forward may have put another one in its place
+                module._buffers.clear()
+                module._buffers.update(named)
             for buffer, saved in buffers:
                 # Through `.data`: a training forward may have saved the buffer for its backward,
                 # which would take the restored value for a change.

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from layerprune import GatedResidual, LayerPruner, find_sections
 from layerprune.calls import as_call, batch_size_of, evaluating
 from layerprune.cost import forward_flops
-from layerprune.dry_run import dry_run
+from layerprune.dry_run import DryRuns
 
 
 def _model():
@@ -89,7 +89,7 @@ def test_counting_computes_and_changes_nothing():
     model[1].branch.eval()
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     forward_flops(model, torch.full((2, 1, 6, 6), float("nan")))
-    out = dry_run(model, torch.zeros(2, 1, 6, 6), 1_000_000)
+    out = DryRuns(model, torch.zeros(2, 1, 6, 6)).run(1_000_000)
     assert isinstance(out, FakeTensor) and out.shape == (1_000_000, 5)
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())
     assert torch.get_rng_state().equal(random)
@@ -166,6 +166,6 @@ def test_shared_modules_and_tied_weights_stay_as_they_are():
     model = nn.Sequential(first, nn.BatchNorm1d(3), second, first)
     model.add_module("again", model[1])
     before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-    assert dry_run(model, torch.zeros(2, 3), batch_size=5).shape == (5, 3)
+    assert DryRuns(model, torch.zeros(2, 3)).run(5).shape == (5, 3)
     after = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     assert after == before and not any(p.is_meta for p in model.parameters())

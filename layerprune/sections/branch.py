@@ -55,7 +55,7 @@ class Link:
 
     def among(self, modules: dict[str, nn.Module]) -> Link:
         """The link of the same name among other modules; it may have gone with its block."""
-        return replace(self, module=modules.get(self.name) or nn.Identity())
+        return replace(self, module=modules.get(self.name, nn.Identity()))
 
     def description(self) -> dict[str, object]:
         """See `Section.description`."""

@@ -75,9 +75,7 @@ def survey(model: nn.Module, example_inputs: Inputs, ignored: Ignored = ()) -> S
     if not (known or choices):
         choices = search.plain_choices()
     found = Survey(known, search.left_out)
-    found.sections += that_run(
-        choices, found.left_out, lambda tried: failure(model, example_inputs, recording, tried)
-    )
+    found.sections += that_run(choices, found.left_out, lambda tried: failure(recording, tried))
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     found.sections.sort(key=lambda section: order[section.name])
     return found

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from layerprune.calls import Inputs, batch_size_of, batch_tensors
-from layerprune.dry_run import FEW, dry_run
+from layerprune.dry_run import FEW, DryRuns
 
 _ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _IN_PLACE = (Tensor.add_, Tensor.__iadd__)
@@ -153,20 +153,33 @@ class _Functions(TorchFunctionMode):
 
 
 class _Recorder:
-    """Hooks on all modules that fill a trace."""
+    """Hooks on all modules that fill a trace.
 
-    def __init__(self, model: nn.Module, rows: int) -> None:
+    Args:
+        running: the model that runs.
+        model: the one whose modules are written down: itself, or what it is a copy of.
+        rows: of the forward.
+    """
+
+    def __init__(self, running: nn.Module, model: nn.Module, rows: int) -> None:
         self.trace = Trace(rows)
+        self._running = running
+        self._named = dict(model.named_modules())
         self._clock = itertools.count()
         self._open: list[Call] = []
         self._handles = []
-        for name, module in model.named_modules():
-            self._handles += [
-                module.register_forward_pre_hook(self._enter(name), with_kwargs=True),
-                module.register_forward_hook(self._leave, with_kwargs=True),
-            ]
 
-    def close(self) -> None:
+    def __enter__(self) -> _Recorder:
+        for name, module in self._running.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no such hooks
+                enter, leave = self._enter(name), self._leave
+                self._handles += [
+                    module.register_forward_pre_hook(enter, with_kwargs=True),
+                    module.register_forward_hook(leave, with_kwargs=True),
+                ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
 
@@ -179,7 +192,8 @@ class _Recorder:
 
     def _enter(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            call = Call(name, module, {**dict(enumerate(args)), **kwargs}, next(self._clock))
+            given = {**dict(enumerate(args)), **kwargs}
+            call = Call(name, self._named[name], given, next(self._clock))
             self._open.append(call)
 
         return hook
@@ -201,13 +215,13 @@ class Recording:
         trace: with few rows.
         wider: with some more.
         resized: the inputs that carry the batch.
-        real: whether it had to be computed; else it was made with fake tensors.
+        runs: what makes such forwards.
     """
 
     trace: Trace
     wider: Trace
     resized: tuple[Tensor, ...]
-    real: bool
+    runs: DryRuns
 
 
 def record(model: nn.Module, inputs: Inputs) -> Recording:
@@ -216,43 +230,48 @@ def record(model: nn.Module, inputs: Inputs) -> Recording:
     Raises:
         ValueError: if the model does not run with ``inputs``.
     """
-    given = batch_size_of(inputs)
-    for real in (False, True):
-        rows = min(given, FEW) if real else given
-        error: Exception | None = None
+    rows = batch_size_of(inputs)
+    errors = []
+    for real, first, second in (
+        (False, rows, rows + _MORE),
+        (False, rows, 2 * rows),  # they may have to be even
+        (True, min(rows, FEW), min(rows, FEW) + _MORE),
+        (True, rows, 2 * rows),
+    ):
+        try:
+            runs = DryRuns(model, inputs, real)
+        except Exception as error:  # it has no copy
+            errors.append(error)
+            continue
         for resized in _resizings(inputs):
             try:
-                traces = [_traced(model, inputs, n, resized, real) for n in (rows, rows + _MORE)]
-            except Exception as failure:
-                error = error or failure
+                traces = [_traced(runs, model, n, resized) for n in (first, second)]
+            except Exception as error:
+                errors.append(error)
             else:
-                return Recording(*traces, resized, real)
+                return Recording(*traces, resized, runs)
     raise ValueError(
-        f"the model does not run with {rows} or {rows + _MORE} rows of example_inputs: {error}. "
-        "Give inputs as the training loop does, with the batch in the first dimension"
-    ) from error
+        f"the model does not run with {rows} rows of example_inputs, or not with other numbers of "
+        f"rows: {errors[-1]}. Give inputs as the training loop does, with the batch in the first "
+        "dimension"
+    ) from errors[-1]
 
 
 def _resizings(inputs: Inputs) -> Iterator[tuple[Tensor, ...]]:
     """The inputs that may carry the batch, in the order to try.
 
-    A mask, say, may have as many rows as the batch without being one: none is left out, one, ...
+    A mask, say, may have as many rows as the batch without being one: none is left out, one, two,
+    or all.
     """
     first, *others = batch_tensors(inputs)
-    for left_out in range(len(others) + 1):
+    for left_out in sorted({0, 1, 2, len(others)} & {*range(len(others) + 1)}):
         for kept in itertools.combinations(others, len(others) - left_out):
             yield (first, *kept)
 
 
-def _traced(
-    model: nn.Module, inputs: Inputs, rows: int, resized: tuple[Tensor, ...], real: bool
-) -> Trace:
-    recorder = _Recorder(model, rows)
-    try:
-        with _Functions(recorder):
-            output = dry_run(model, inputs, rows, resized, real)
-    finally:
-        recorder.close()
+def _traced(runs: DryRuns, model: nn.Module, rows: int, resized: tuple[Tensor, ...]) -> Trace:
+    with _Recorder(runs.model, model, rows) as recorder, _Functions(recorder):
+        output = runs.run(rows, resized)
     recorder.trace.shapes = shapes(output)
     recorder.trace.index()
     return recorder.trace

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
-from layerprune.calls import Inputs
-from layerprune.dry_run import dry_run
 from layerprune.gate import Gate, SectionDraw
 from layerprune.sections.base import Section
-from layerprune.sections.removal import put, remove, remove_emptied
+from layerprune.sections.removal import remove, remove_emptied
 from layerprune.sections.trace import Recording, shapes
 
 _LEFT_OUT = 2
@@ -28,44 +26,32 @@ class _GivenGate(Gate):
         return self.draw
 
 
-def failure(
-    model: nn.Module,
-    inputs: Inputs,
-    recording: Recording,
-    sections: Sequence[Section],
-) -> str | None:
+def failure(recording: Recording, sections: Sequence[Section]) -> str | None:
     """Why a model does not run with gates on some sections, or without them; None if it does.
 
     Args:
-        model: left as it is.
-        inputs: example inputs.
         recording: of its forward without gates.
         sections: to try; those that have gates already are known to run.
     """
-    sections = [section for section in sections if not section.is_gated]
-    trace = recording.wider
+    runs, wider = recording.runs, recording.wider
+    sections = [section.in_model(runs.model) for section in sections if not section.is_gated]
+    parameter = next(runs.model.parameters(), None)
+    device = parameter.device if runs.real and parameter is not None else "cpu"
     trials = {
-        "on a part of the batch": _gated(sections, _drawn(trace.rows, _device(model, recording))),
+        "on a part of the batch": _gated(sections, _drawn(wider.rows, device)),
         "with closed gates": _gated(sections, False),
-        "without it": _removed(model, sections, blocks=False),
-        "without its block": _removed(model, sections, blocks=True),
+        "without it": _removed(runs.model, sections, blocks=False),
+        "without its block": _removed(runs.model, sections, blocks=True),
     }
     for circumstance, prepared in trials.items():
         try:
             with prepared:
-                found = shapes(
-                    dry_run(model, inputs, trace.rows, recording.resized, recording.real)
-                )
+                found = shapes(runs.run(wider.rows, recording.resized))
         except Exception as error:
             return f"it does not run {circumstance} ({str(error).partition(chr(10))[0]})"
-        if found != trace.shapes:
+        if found != wider.shapes:
             return f"the model's output has another shape when it runs {circumstance}"
     return None
-
-
-def _device(model: nn.Module, recording: Recording) -> torch.device | str:
-    parameter = next(model.parameters(), None)
-    return parameter.device if recording.real and parameter is not None else "cpu"
 
 
 def _drawn(rows: int, device: torch.device | str) -> SectionDraw:
@@ -80,31 +66,32 @@ def _drawn(rows: int, device: torch.device | str) -> SectionDraw:
 @contextmanager
 def _gated(sections: Sequence[Section], draw: SectionDraw | bool) -> Iterator[None]:
     """Gates on sections that show one draw."""
-    for section in sections:
-        gate = _GivenGate(section.name)
-        gate.draw = draw
-        section.attach(gate)
-    try:
-        yield
-    finally:
+    with ExitStack() as undone:
         for section in sections:
-            section.detach()
+            gate = _GivenGate(section.name)
+            gate.draw = draw
+            section.attach(gate)
+            undone.callback(section.detach)
+        yield
 
 
 @contextmanager
 def _removed(model: nn.Module, sections: Sequence[Section], blocks: bool) -> Iterator[None]:
     """A model without sections, and perhaps what they empty, which is whole again afterwards."""
-    swapped = remove(model, sections, lambda module: False)
-    if blocks:
-        swapped += remove_emptied(model, sections)
-    handles = [module.register_forward_pre_hook(_refuse) for module, _ in swapped]
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    handles = []
     try:
+        swapped = remove(model, sections, lambda module: False)
+        if blocks:
+            swapped += remove_emptied(model, sections)
+        handles += [module.register_forward_pre_hook(_refuse) for module, _ in swapped]
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, remainder in reversed(swapped):
-            put(model, remainder, module)
+        for module, held in children:
+            module._modules.clear()
+            module._modules.update(held)
 
 
 def _refuse(module: nn.Module, args: tuple) -> None:
