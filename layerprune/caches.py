@@ -13,7 +13,9 @@ from torch import nn
 
 from layerprune.sections.placeholders import PassThrough
 
-NUMBERS = ("layer_idx", "attention_type")
+_NUMBERS = ("layer_idx", "layer_id")
+"""What a module calls its place in a cache."""
+SET_HERE = (*_NUMBERS, "attention_type")
 """Attributes of a layer's modules that `number_caches` sets."""
 
 
@@ -25,13 +27,13 @@ def number_caches(model: nn.Module) -> None:
     cache has places for each type, and a layer gets one of its own type.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        return  # GPT-2's number is part of what such a layer computes
+    by_number = getattr(config, "scale_attn_by_inverse_layer_idx", False)
     kinds: dict[str, list[nn.Module]] = {}
     hybrids: dict[str, dict[int, list[nn.Module]]] = {}
     for name, module in model.named_modules():
-        is_numbered = isinstance(getattr(module, "layer_idx", None), int)
-        if is_numbered and not isinstance(module, PassThrough):
+        if by_number and not hasattr(module, "scaling"):
+            continue  # in older versions GPT-2's number is part of what a layer computes
+        if _number(module) is not None and not isinstance(module, PassThrough):
             hybrid = _place_in_hybrid(model, name)
             if hybrid is None:
                 kinds.setdefault(re.sub(r"\d+", "#", name), []).append(module)
@@ -40,10 +42,19 @@ def number_caches(model: nn.Module) -> None:
                 layers.setdefault(hybrid[1], []).append(module)
     for modules in kinds.values():
         for number, module in enumerate(modules):
-            module.layer_idx = number
+            _set_number(module, number)
     for container, layers in hybrids.items():
         blocks = model.get_submodule(container).children()
         _number_by_type(_config_of(model, container), blocks, layers)
+
+
+def _number(module: nn.Module) -> str | None:
+    """The attribute by which a module knows its place, if it has one."""
+    return next((name for name in _NUMBERS if isinstance(getattr(module, name, None), int)), None)
+
+
+def _set_number(module: nn.Module, number: int) -> None:
+    setattr(module, _number(module), number)
 
 
 def _config_of(model: nn.Module, name: str) -> object | None:
@@ -76,16 +87,18 @@ def _number_by_type(
     """Gives layers the numbers of a cache's places of their types.
 
     Args:
-        config: its types are those of the cache's places, too. A type of which no layer is left
-            would have the first place and never fill it: it goes, unless the configuration derives
-            its types from something else.
+        config: its types are those of the cache's places, too. An attention's type of which no
+            layer is left might have the first place and never fill it: it goes, unless the
+            configuration derives its types from something else, or no attention is left.
         blocks: all layers, or what is left of them.
         layers: those of their modules that keep something, by the places of the layers.
     """
     types = config.layer_types
     left = [types[place] for place in sorted(layers)]
-    present = [kind if kind in left else left[0] for kind in types]
-    if present != types:
+    # Only an attention's place is asked for a length.
+    attention = next(filter(_tells_length, left), None)
+    present = [k if k in left or not _tells_length(k) else attention for k in types]
+    if attention is not None and present != types:
         with contextlib.suppress(AttributeError):
             config.layer_types = types = present
     for place, block in enumerate(blocks):
@@ -96,4 +109,9 @@ def _number_by_type(
     for place in sorted(layers):
         number = free[types[place]].pop(0)
         for module in layers[place]:
-            module.layer_idx = number
+            _set_number(module, number)
+
+
+def _tells_length(kind: str) -> bool:
+    """Whether a cache's places of a type know how much they hold: not those of recurrent layers."""
+    return kind.endswith("attention") and kind != "linear_attention"

@@ -6,9 +6,13 @@ Such models are known by their attributes; transformers need not be installed.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import torch
 from torch import nn
+
+from layerprune.sections.placeholders import PassThrough
 
 ELIMINATED = "layerprune_eliminated"
 """What a configuration's list of lost sections is called; names in a model built from it."""
@@ -21,6 +25,45 @@ _DEPTHS = {
 """Names of a configuration's depth, by a word in the container's name."""
 _BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
 """Lists of a configuration with an element for each layer."""
+
+
+def configurations(model: nn.Module) -> list[object]:
+    """The configurations of a model and of its modules, and those within them."""
+    found: dict[int, object] = {}
+    waiting = [module.config for module in model.modules() if hasattr(module, "config")]
+    while waiting:
+        config = waiting.pop()
+        if hasattr(config, "to_dict") and id(config) not in found:
+            found[id(config)] = config
+            waiting += vars(config).values()
+    return list(found.values())
+
+
+def misfits(model: nn.Module) -> list[str]:
+    """Weights that a model of transformers has and one built of its configuration has not.
+
+    Or the other way around, but for what an elimination has left a place of; with the reason where
+    nothing can be built.
+
+    Args:
+        model: nothing is said of one that is not transformers' own.
+    """
+    if getattr(type(model), "config_class", None) is None:
+        return []
+    try:
+        with torch.device("meta"):
+            built = type(model)(copy.deepcopy(model.config)).state_dict()
+    except Exception as error:
+        return [str(error).partition("\n")[0]]
+    own, modules = model.state_dict(), dict(model.named_modules(remove_duplicate=False))
+    wrong = [key for key in own if key not in built or built[key].shape != own[key].shape]
+    return wrong + [key for key in built if key not in own and not _left_empty(key, modules)]
+
+
+def _left_empty(key: str, modules: Mapping[str, nn.Module]) -> bool:
+    while key not in modules:
+        key = key.rpartition(".")[0]
+    return isinstance(modules[key], nn.Identity | PassThrough)
 
 
 def note_eliminated(model: nn.Module, names: Iterable[str], known: Collection[str] = ()) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from layerprune.caches import NUMBERS, number_caches
+from layerprune.caches import number_caches
 from layerprune.calls import Inputs
-from layerprune.depth import rename_eliminated, shrink_config
-from layerprune.dry_run import DryRuns
+from layerprune.depth import misfits, rename_eliminated, shrink_config
+from layerprune.renumber_checks import are_alike, evaluated, undone_by_errors
 from layerprune.sections.placeholders import PassThrough
 
 
@@ -47,72 +43,41 @@ def renumber(
             ``example_inputs``, or its configuration cannot say which layers are left. The model is
             as before then.
     """
-    with _undone_by_errors(model):
+    with undone_by_errors(model):
         if example_inputs is None:
             return _close_up(model, eliminated)
         try:
-            before, again = (_evaluated(model, example_inputs) for _ in range(2))
+            before, again = (evaluated(model, example_inputs) for _ in range(2))
         except Exception as error:
             raise ValueError(
-                f"the model does not run with example_inputs ({error}), so that nobody sees what "
-                "renumbering makes of it: call layerprune.renumber without them if you know"
+                f"example_inputs do not show what renumbering makes of the model ({error}): call "
+                "layerprune.renumber without them if you know"
             ) from error
         _close_up(model, eliminated)
         try:
-            same = _are_alike(before, _evaluated(model, example_inputs), before, again)
+            same = are_alike(before, evaluated(model, example_inputs), before, again)
         except Exception as error:
-            raise _not_renumbered(str(error)) from error
+            raise _not_renumbered(f"it would not run ({error})") from error
         if not same:
-            raise _not_renumbered("it would compute something else")
+            raise _not_renumbered(
+                "it would compute something else, as where a forward goes through a container by "
+                "number, or a layer's number is part of what it computes"
+            )
     return model
 
 
 def _not_renumbered(why: str) -> ValueError:
     return ValueError(
-        f"the model cannot be renumbered ({why.partition(chr(10))[0]}): its forward goes through a "
-        "container by number. Leave the places of what was eliminated as they are"
+        f"the model cannot be renumbered: {why.partition(chr(10))[0]}. Leave the places of what "
+        "was eliminated as they are"
     )
-
-
-def _evaluated(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    output = tree_leaves(DryRuns(model, inputs, real=True).run())
-    return [leaf for leaf in output if isinstance(leaf, Tensor)]
-
-
-def _are_alike(
-    one: list[Tensor], other: list[Tensor], before: list[Tensor], again: list[Tensor]
-) -> bool:
-    """Whether two outputs are equal, as far as a model's outputs ever are."""
-    if [each.shape for each in one] != [each.shape for each in other]:
-        return False
-    exactly = all(torch.equal(a, b) for a, b in zip(before, again, strict=True))
-    same = torch.equal if exactly else torch.allclose
-    return all(same(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other, strict=True))
-
-
-@contextmanager
-def _undone_by_errors(model: nn.Module) -> Iterator[None]:
-    """Puts a model's children, their numbers and its configurations back if there is an error."""
-    modules = list(model.modules())
-    children = [(module, dict(module._modules)) for module in modules]
-    numbers = [(m, {name: vars(m)[name] for name in NUMBERS if name in vars(m)}) for m in modules]
-    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}.values()
-    told = [(c, copy.deepcopy(vars(c))) for c in configs if hasattr(c, "to_dict")]
-    try:
-        yield
-    except BaseException:
-        for module, held in children:
-            module._modules.clear()
-            module._modules.update(held)
-        for holder, values in [*numbers, *told]:
-            vars(holder).update(values)
-        raise
 
 
 def _close_up(model: nn.Module, eliminated: Iterable[str]) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     # A section used in several places left the same remainder in each.
     empty = {_left_of(name, modules) for name in eliminated}
+    told = not misfits(model)
     shrunk = {}
     for path, container in modules.items():
         if container in shrunk or not isinstance(container, (nn.Sequential, nn.ModuleList)):
@@ -130,6 +95,8 @@ def _close_up(model: nn.Module, eliminated: Iterable[str]) -> nn.Module:
                 del container[index]
     rename_eliminated(model, modules)
     number_caches(model)  # the types of fewer layers are a smaller cache's
+    if told and shrunk and (wrong := misfits(model)):
+        raise _not_renumbered(f"{type(model.config).__name__} would build another one ({wrong[0]})")
     return model
 
 

@@ -298,7 +298,7 @@ def test_a_forward_that_goes_by_number_is_refused():
     assert set(model.state_dict()) < set(names)
     expected = model(x)
     assert pruner.strip() is model and not pruner.renumbered
-    with pytest.raises(ValueError, match="does not run with example_inputs"):
+    with pytest.raises(ValueError, match="example_inputs do not show"):
         renumber(model, ["blocks.1"], x[:, :2])
     # Without inputs it is the caller's to know.
     assert not renumber(model, ["blocks.1"])(x).equal(expected)
@@ -312,3 +312,23 @@ def test_the_last_of_paired_elements_may_go():
     nn.init.ones_(model.scales[2])
     expected = eliminate_sections(model, ["blocks.2"], x)(x)
     assert renumber(model, ["blocks.2"], x)(x).equal(expected)
+
+
+class Wrapped:
+    """What a model may return: a class that torch knows nothing of."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def test_an_output_that_shows_nothing_is_no_proof():
+    class Hides(Paired):
+        def forward(self, x):
+            return Wrapped(super().forward(x))
+
+    x, model = torch.randn(5, 4), Hides()
+    names = ["blocks.1"]
+    eliminate_sections(model, names, x)
+    with pytest.raises(ValueError, match="no finite number .* layerprune.renumber without them"):
+        renumber(model, names, x)
+    assert len(model.blocks) == 3

@@ -17,7 +17,7 @@ from layerprune.sections.arithmetic import fills_cache, graded, running_rows
 from layerprune.sections.branch import Link
 from layerprune.sections.placeholders import in_place, nothing
 from layerprune.sections.residual import GATE_ATTRIBUTE
-from layerprune.sections.twins import aside, empty, outside
+from layerprune.sections.twins import aside, empty, outside, unregistered
 
 
 class Passage:
@@ -136,6 +136,8 @@ def _gated(draw: SectionDraw, link: Link, result: object) -> object:
 
 class BranchTwin:
     """Mixin that lets a module run on the rows for which its branch section runs."""
+
+    __init_subclass__ = unregistered
 
     @outside
     def forward(self, *args: object, **kwargs: object) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
 
 from layerprune.sections.base import Section
@@ -12,6 +13,8 @@ from layerprune.sections.placeholders import PassThrough
 
 Swapped = list[tuple[nn.Module, nn.Module]]
 """Modules that left, and what is in the place of each, in the order in which it was put there."""
+Children = list[tuple[nn.Module, dict[str, nn.Module | None]]]
+"""Modules, and the children of each by name."""
 
 
 def remove(
@@ -36,6 +39,20 @@ def remove_emptied(model: nn.Module, sections: Sequence[Section]) -> Swapped:
     for section in sections:
         swapped += _put_all(model, section.emptied())
     return swapped
+
+
+def children_of(model: nn.Module) -> Children:
+    """All that `put_back` needs."""
+    # Those of a ScriptModule cannot be replaced.
+    scripted = torch.jit.ScriptModule
+    return [(m, dict(m._modules)) for m in model.modules() if not isinstance(m, scripted)]
+
+
+def put_back(children: Children) -> None:
+    """Gives modules the children again that they had, in their order."""
+    for module, held in children:
+        module._modules.clear()
+        module._modules.update(held)
 
 
 def emptied_by(sections: Sequence[Section]) -> list[nn.Module]:

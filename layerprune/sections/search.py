@@ -170,7 +170,8 @@ def that_run(
         reasons = []
         for number in range(max(len(choice.candidates) for choice in alike)):
             tried = {c.name: c.candidates[number] for c in alike if number < len(c.candidates)}
-            reasons.append(failing(_sections_of(tried)))
+            # With those found before: what runs alone may not run together.
+            reasons.append(failing([*running, *_sections_of(tried)]))
             if reasons[-1] is None:
                 running += _taken(tried, left_out)
                 break

@@ -10,7 +10,7 @@ from torch import nn
 
 from layerprune.gate import Gate, SectionDraw
 from layerprune.sections.base import Section
-from layerprune.sections.removal import remove, remove_emptied
+from layerprune.sections.removal import children_of, put_back, remove, remove_emptied
 from layerprune.sections.trace import Recording, shapes
 
 _LEFT_OUT = 2
@@ -78,7 +78,7 @@ def _gated(sections: Sequence[Section], draw: SectionDraw | bool) -> Iterator[No
 @contextmanager
 def _removed(model: nn.Module, sections: Sequence[Section], blocks: bool) -> Iterator[None]:
     """A model without sections, and perhaps what they empty, which is whole again afterwards."""
-    children = [(module, dict(module._modules)) for module in model.modules()]
+    children = children_of(model)
     handles = []
     try:
         swapped = remove(model, sections, lambda module: False)
@@ -89,9 +89,7 @@ def _removed(model: nn.Module, sections: Sequence[Section], blocks: bool) -> Ite
     finally:
         for handle in handles:
             handle.remove()
-        for module, held in children:
-            module._modules.clear()
-            module._modules.update(held)
+        put_back(children)
 
 
 def _refuse(module: nn.Module, args: tuple) -> None:

@@ -85,8 +85,14 @@ def _own_copy(forward: Callable[..., Tensor], name: str) -> Callable[..., Tensor
     return FunctionType(code, forward.__globals__, label)
 
 
+def unregistered(cls: type, **_: object) -> None:
+    """What a twin's mixin has for ``__init_subclass__``: no base hears of a twin."""
+
+
 class ResidualTwin:
     """Mixin that puts the dispatch of a `GatedResidual` outside compiled code."""
+
+    __init_subclass__ = unregistered
 
     @outside
     def forward(self, x: Tensor) -> Tensor:
@@ -102,6 +108,8 @@ class ResidualTwin:
 
 class OpaqueTwin:
     """Mixin that puts a gate around the forward of the class it is mixed into."""
+
+    __init_subclass__ = unregistered
 
     @outside
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor | tuple:

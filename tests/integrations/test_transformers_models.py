@@ -53,10 +53,11 @@ LOST = {
 }
 
 
-def _decoder(name):
+def _decoder(name, **further):
     config, options = DECODERS[name]
     torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
+    config = getattr(transformers, config)(**options, **further)
+    model = getattr(transformers, name)(config).eval()
     for value in model.state_dict().values():
         value.add_(0.3 * torch.randn_like(value))
     return model
@@ -141,16 +142,110 @@ def test_a_configuration_that_derives_the_types_of_its_layers(lost):
     assert _check_generation(model).equal(expected)
 
 
-def test_a_cache_of_whole_layers_whose_gates_are_closed():
-    config = transformers.OPTConfig(
-        **{**COMMON, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}
-    )
+def test_attentions_that_are_scaled_by_their_number():
+    """It is part of what GPT-2's layers compute from the start, and their place in a cache."""
+    model = _decoder("GPT2LMHeadModel", scale_attn_by_inverse_layer_idx=True)
+    names = ["transformer.h.0.attn", "transformer.h.0.mlp", "transformer.h.2.attn"]
+    expected = _check_generation(eliminate_sections(model, names, EXAMPLE))
+    assert _check_generation(renumber(model, names, EXAMPLE)).equal(expected)
+
+
+def test_the_only_attention_of_a_hybrid():
+    """LFM2's convolutions tell no length; the place of the attention that is gone has to stay."""
+    kinds = ["conv", "full_attention", "conv"]
+    config = transformers.Lfm2Config(**{**GROUPED, "num_hidden_layers": 3}, layer_types=kinds)
     torch.manual_seed(0)
-    model = transformers.OPTForCausalLM(config).eval()
-    sections = find_sections(model, EXAMPLE)
+    model = transformers.Lfm2ForCausalLM(config).eval()
+    eliminate_sections(model, ["model.layers.1.self_attn"], EXAMPLE)
+    assert config.layer_types == kinds
+    prompt = torch.randint(2, WORDS, (2, PROMPT))
+    cached, whole = (
+        model.generate(prompt, max_length=LENGTH, do_sample=False, use_cache=use)
+        for use in (True, False)
+    )
+    assert cached.equal(whole)
+
+
+MOE = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+       "mlp_only_layers": [0]}  # fmt: skip
+VIT = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+UNTOLD = {
+    "a dense layer among experts": (
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", MOE, EXAMPLE,
+        ["model.layers.0.self_attn", "model.layers.0.mlp"],
+    ),
+    "stages": (
+        "ConvNextForImageClassification", "ConvNextConfig",
+        {"hidden_sizes": [8, 8], "depths": [2, 2], "num_stages": 2, "patch_size": 2},
+        {"pixel_values": torch.zeros(2, 3, 16, 16)},
+        ["convnext.encoder.stages.0.layers.0"],
+    ),
+    "a decoder as deep as the encoder": (
+        "ViTMAEForPreTraining", "ViTMAEConfig",
+        {
+            **VIT, "image_size": 8, "patch_size": 4, "num_hidden_layers": 2,
+            "decoder_num_hidden_layers": 2, "decoder_hidden_size": 16,
+            "decoder_num_attention_heads": 2, "decoder_intermediate_size": 24,
+        },
+        {"pixel_values": torch.zeros(2, 3, 8, 8)},
+        ["decoder.decoder_layers.1.attention", "decoder.decoder_layers.1.mlp"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNTOLD)
+def test_depths_that_a_configuration_cannot_tell(case):
+    """`from_pretrained` would build other layers than are left: they keep their places."""
+    name, config, options, inputs, lost = UNTOLD[case]
+    model = getattr(transformers, name)(getattr(transformers, config)(**options))
+    found = [section.name for section in find_sections(model, inputs)]
+    lost = [each for each in found if any(each.startswith(place) for place in lost)]
+    assert lost
+    eliminate_sections(model, lost, inputs)
+    before = dict(model.named_modules()), model.config.to_dict()
+    with pytest.raises(ValueError, match="Config would build another one"):
+        renumber(model, lost)
+    assert (dict(model.named_modules()), model.config.to_dict()) == before
+
+
+def test_a_refusal_leaves_configurations_in_their_places():
+    part = {**VIT, "num_hidden_layers": 2}
+    config = transformers.CLIPConfig(
+        text_config={**part, "vocab_size": WORDS, "max_position_embeddings": 16},
+        vision_config={**part, "image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    model = transformers.CLIPModel(config)
+    with pytest.raises(ValueError, match="no module 'nonsense'"):
+        renumber(model, ["nonsense"])
+    assert model.config.text_config is model.text_model.config
+
+
+WHOLE_LAYERS = {
+    "OPTForCausalLM": (
+        "OPTConfig", {**COMMON, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
+    ),
+    "GPTNeoForCausalLM": (
+        "GPTNeoConfig",
+        {
+            "hidden_size": 16, "num_layers": LAYERS, "num_heads": 2, "vocab_size": WORDS,
+            "max_position_embeddings": 32, "window_size": WINDOW,
+            "attention_types": [[["global", "local"], LAYERS // 2]], **ENDLESS,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE_LAYERS)
+def test_a_cache_of_whole_layers(name):
+    config, options = WHOLE_LAYERS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
+    closed, sections = copy.deepcopy(model), find_sections(model, EXAMPLE)
     assert [section.kind for section in sections] == ["opaque"] * LAYERS
-    _close(sections[::2])
-    _check_generation(model)
+    _close([section.in_model(closed) for section in sections[::2]])
+    remove_sections(model, sections[::2])
+    assert _check_generation(closed).equal(_check_generation(model))
 
 
 @pytest.mark.parametrize("name", DECODERS)
