@@ -50,7 +50,10 @@ def number_caches(model: nn.Module) -> None:
 
 def _number(module: nn.Module) -> str | None:
     """The attribute by which a module knows its place, if it has one."""
-    return next((name for name in _NUMBERS if isinstance(getattr(module, name, None), int)), None)
+    # In others' models `layer_id` is more likely part of what a layer computes.
+    theirs = any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+    names = _NUMBERS if theirs else _NUMBERS[:1]
+    return next((name for name in names if isinstance(getattr(module, name, None), int)), None)
 
 
 def _set_number(module: nn.Module, number: int) -> None:

@@ -116,7 +116,10 @@ def verify(gated: nn.Module, compacted: nn.Module, batches: Iterable[Inputs]) ->
                         worst, float((a.double() - b.double()).abs().nan_to_num(torch.inf).max())
                     )
     if not compared:
-        raise ValueError("batches is empty: give at least one batch of inputs")
+        raise ValueError(
+            "nothing was compared: batches is empty, or the models return no tensors in containers "
+            "that torch knows"
+        )
     return worst
 
 

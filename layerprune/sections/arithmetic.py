@@ -1,4 +1,6 @@
-"""What a section computes under a draw: the one place where the gated forwards are written.
+"""What a section computes under a draw: the gated forwards of whole modules.
+
+Those of branches, which several modules compute, are in `branch_twin`.
 
 Without state of their own, so that a compiler sees all that they depend on in their arguments.
 """

@@ -63,7 +63,7 @@ class Passage:
             aside(self._enter, module.training, x)
         draw = aside(self._draw_now, module.training, repeated)
         if draw is False:
-            if fills_cache(module, args, kwargs):
+            if aside(fills_cache, module, args, kwargs):
                 forward(*args, **kwargs)
             result = aside(self._skipped, link, x)
         elif draw is True:

@@ -28,10 +28,16 @@ class Candidate:
     Attributes:
         sections: it.
         lacks: why a part of the block has no gate then; None if every part has one.
+        is_whole: whether it is the block as one section.
     """
 
     sections: list[Section]
     lacks: str | None = None
+    is_whole: bool = False
+
+    def failing(self, why: str) -> str:
+        """How it is said that it does not run."""
+        return f"as a whole: {why}" if self.is_whole else why
 
 
 @dataclass
@@ -126,7 +132,7 @@ class Search:
         try:
             if any(is_inside(name, [call.name]) for name in there):
                 raise NotGated("it holds other sections")
-            return Candidate([opaque_section(call, self._trace, self._wider)])
+            return Candidate([opaque_section(call, self._trace, self._wider)], is_whole=True)
         except NotGated as why:
             return Candidate([], str(why))
 
@@ -176,7 +182,11 @@ def that_run(
                 running += _taken(tried, left_out)
                 break
         else:
-            left_out |= {choice.name: "; ".join(dict.fromkeys(reasons)) for choice in alike}
+            tried = {}
+        for choice in alike:
+            if choice.name not in tried:
+                told = zip(choice.candidates, reasons, strict=False)
+                left_out[choice.name] = "; ".join(each.failing(why) for each, why in told)
     return running
 
 

@@ -77,7 +77,10 @@ def _gated(sections: Sequence[Section], draw: SectionDraw | bool) -> Iterator[No
 
 @contextmanager
 def _removed(model: nn.Module, sections: Sequence[Section], blocks: bool) -> Iterator[None]:
-    """A model without sections, and perhaps what they empty, which is whole again afterwards."""
+    """A model without sections, and perhaps what they empty, which is whole again afterwards.
+
+    For its shapes alone: a ReLU that may go stays, and caches keep their numbers.
+    """
     children = children_of(model)
     handles = []
     try:

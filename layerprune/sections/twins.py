@@ -124,7 +124,7 @@ class OpaqueTwin:
             return y
 
         run = whole if adapter.width is None else first
-        filling = fills_cache(self, args, kwargs)
+        filling = aside(fills_cache, self, args, kwargs)
         parts = (run, adapter.batched, adapter.shared, filling, args, kwargs)
         y = run_section(self, gate, opaque_forward, x, *parts)
         return y if adapter.width is None else (y, *others)
