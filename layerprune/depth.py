@@ -6,7 +6,6 @@ Such models are known by their attributes; transformers need not be installed.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -51,8 +50,10 @@ def misfits(model: nn.Module) -> list[str]:
     if getattr(type(model), "config_class", None) is None:
         return []
     try:
+        # As it will be read from a file.
+        config = type(model.config).from_dict(model.config.to_dict())
         with torch.device("meta"):
-            built = type(model)(copy.deepcopy(model.config)).state_dict()
+            built = type(model)(config).state_dict()
     except Exception as error:
         return [str(error).partition("\n")[0]]
     own, modules = model.state_dict(), dict(model.named_modules(remove_duplicate=False))

@@ -180,6 +180,15 @@ UNTOLD = {
         {"pixel_values": torch.zeros(2, 3, 16, 16)},
         ["convnext.encoder.stages.0.layers.0"],
     ),
+    "stages by the names of the layers": (
+        "Dinov2ForImageClassification", "Dinov2Config",
+        {
+            "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": 16, "patch_size": 8,
+        },
+        {"pixel_values": torch.zeros(2, 3, 16, 16)},
+        ["dinov2.encoder.layer.1"],
+    ),
     "a decoder as deep as the encoder": (
         "ViTMAEForPreTraining", "ViTMAEConfig",
         {
