@@ -33,10 +33,9 @@ WATCHED = ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$(CURDIR)/$(SANITIZED)" LD_PRE
 # torch.compile does not build its C++ under these settings.
 NO_INDUCTOR := "not inductor"
 OLDEST_TORCH := 2.10.0
-# Tests in so many processes, of one thread each (needs pytest-xdist); none: in this one. One that
-# has no tests left takes half of another's: some modules are of one test that takes a minute.
+# Tests in so many processes, of one thread each (needs pytest-xdist); none: in this one.
 JOBS ?=
-SHARED = $(if $(JOBS),-n $(JOBS) --dist worksteal)
+SHARED = $(if $(JOBS),-n $(JOBS) --dist loadscope)
 SINGLE = $(if $(JOBS),OMP_NUM_THREADS=1)
 OLDEST_VENV := .venv-oldest
 # Of gpu-check: which of its parts are run, and the folder that the measurements go to.

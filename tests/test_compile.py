@@ -223,7 +223,9 @@ def test_inductor():
     assert len(set(rows)) == 4
     for found, expected in zip(*reversed(runs), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert [metrics.co_name for metrics in get_compilation_metrics()] == ["section blocks.0"]
+    # A backward may be compiled apart, once it is run: that is the same graph's.
+    graphs = [metrics.co_name for metrics in get_compilation_metrics() if metrics.is_forward]
+    assert graphs == ["section blocks.0"]
 
 
 def test_evaluation_and_a_smaller_last_batch():
