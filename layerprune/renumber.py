@@ -55,7 +55,7 @@ def renumber(
             ) from error
         _close_up(model, eliminated)
         try:
-            same = are_alike(before, evaluated(model, example_inputs), before, again)
+            same = are_alike(before, again, evaluated(model, example_inputs))
         except Exception as error:
             raise _not_renumbered(f"it would not run ({error})") from error
         if not same:

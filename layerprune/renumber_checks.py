@@ -31,15 +31,20 @@ def evaluated(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return tensors
 
 
-def are_alike(
-    one: list[Tensor], other: list[Tensor], before: list[Tensor], again: list[Tensor]
-) -> bool:
-    """Whether two outputs are equal, as far as a model's outputs ever are."""
-    if [each.shape for each in one] != [each.shape for each in other]:
+def are_alike(before: list[Tensor], again: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether a model computes what it did.
+
+    Args:
+        before: what it computed.
+        again: the same once more: where it is not equal, the model's operations are not
+            deterministic, and nothing that it computes ever is.
+        after: what it computes now.
+    """
+    if [each.shape for each in before] != [each.shape for each in after]:
         return False
     exactly = all(torch.equal(a, b) for a, b in zip(before, again, strict=True))
     same = torch.equal if exactly else torch.allclose
-    return all(same(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other, strict=True))
+    return all(same(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
 
 
 @contextmanager

@@ -160,7 +160,6 @@ class BranchSection(Section):
         return {
             "name": self.name,
             "kind": self.kind,
-            "several_arguments": False,
             "links": [link.description() for link in self.links],
             "shaped": self.shaped,
             "block": block,

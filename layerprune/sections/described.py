@@ -69,13 +69,11 @@ def is_well_formed(part: Mapping[str, Any]) -> bool:
     Raises:
         KeyError: it lacks something, as may AttributeError and TypeError tell.
     """
-    plain = (
-        all(isinstance(part[key], str) for key in ("name", "kind"))
-        and isinstance(part["several_arguments"], bool)
-        and _is_count(part.get("width"), optional=True)
-    )
-    if not plain or part["kind"] != "branch":
-        return plain
+    if not all(isinstance(part[key], str) for key in ("name", "kind")):
+        return False
+    if part["kind"] != "branch":
+        several = isinstance(part["several_arguments"], bool)
+        return several and _is_count(part.get("width"), optional=True)
     block, links = part["block"], part["links"]
     return (
         isinstance(links, list)

@@ -10,8 +10,8 @@ from torch import nn
 from layerprune.calls import Inputs
 from layerprune.sections.base import Section
 from layerprune.sections.known import adapter_of
+from layerprune.sections.recording import record
 from layerprune.sections.search import Search, is_ignored, is_inside, that_run
-from layerprune.sections.trace import record
 from layerprune.sections.trial import failure
 
 Ignored = Iterable[nn.Module | type[nn.Module] | str]

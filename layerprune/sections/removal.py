@@ -64,15 +64,10 @@ def emptied_by(sections: Sequence[Section]) -> list[nn.Module]:
 def _put_all(model: nn.Module, pairs: Swapped) -> Swapped:
     for module, remainder in pairs:
         _resemble(remainder, module)
-        put(model, module, remainder)
+        for place in places(model, module):
+            path, _, key = place.rpartition(".")
+            setattr(model.get_submodule(path), key, remainder)
     return pairs
-
-
-def put(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
-    """Puts another module into all places of one."""
-    for place in places(model, module):
-        path, _, key = place.rpartition(".")
-        setattr(model.get_submodule(path), key, other)
 
 
 def places(model: nn.Module, module: nn.Module) -> list[str]:

@@ -17,8 +17,8 @@ from layerprune.sections.blocks import (
     opaque_section,
     residual_blocks,
 )
+from layerprune.sections.recording import Recording
 from layerprune.sections.residuals import NoBranch
-from layerprune.sections.trace import Recording
 
 
 @dataclass

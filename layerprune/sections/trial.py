@@ -10,8 +10,8 @@ from torch import nn
 
 from layerprune.gate import Gate, SectionDraw
 from layerprune.sections.base import Section
+from layerprune.sections.recording import Recording, shapes
 from layerprune.sections.removal import children_of, put_back, remove, remove_emptied
-from layerprune.sections.trace import Recording, shapes
 
 _LEFT_OUT = 2
 """Rows on which the sections do not run."""
