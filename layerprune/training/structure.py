@@ -21,7 +21,7 @@ from layerprune.training.builders import check_kwargs
 
 __all__ = ["absent", "decoded", "digest", "encoded", "random_inputs", "sections_at", "structure_of"]
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the files' content; 1 is read as well."""
 LIMIT = 1 << 21
 """Characters of ``structure.json`` at the most."""
@@ -152,15 +152,15 @@ def encoded(structure: Mapping[str, Any], checksums: Mapping[str, str]) -> str:
 
 
 def decoded(found: Any) -> dict[str, Any]:
-    """Checks the value of ``structure.json``; that of schema 1 comes back as one of 2.
+    """Checks the value of ``structure.json``; that of an earlier schema comes back as one of this.
 
     Raises:
         ValueError: it is damaged, or of another version.
     """
     schema = found.get("schema") if isinstance(found, dict) else None
-    if isinstance(schema, bool) or schema not in (1, SCHEMA):
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise ValueError(
-            f"it has schema version {reprlib.repr(schema)}, this version of layerprune reads 1 and "
+            f"it has schema version {reprlib.repr(schema)}, this version of layerprune reads 1 to "
             f"{SCHEMA}"
         )
     try:
@@ -168,8 +168,10 @@ def decoded(found: Any) -> dict[str, Any]:
             found = _of_schema_1(found)
         elif found["checksums"]["structure"] != digest(found):
             raise ValueError("it is damaged: its content is not what its checksum was made of")
+        if schema == 2:
+            found = _of_schema_2(found)
         damaged = not _well_formed(found)
-    except (AttributeError, KeyError, TypeError, RecursionError):
+    except (AttributeError, LookupError, TypeError, RecursionError):
         damaged = True
     if damaged:
         raise ValueError("it is damaged: it lacks the network's builder or its sections")
@@ -187,6 +189,25 @@ def _of_schema_1(found: dict[str, Any]) -> dict[str, Any]:
         "sections": [{**part, "several_arguments": False} for part in found["sections"]],
         "checksums": {},
     }
+
+
+def _of_schema_2(found: dict[str, Any]) -> dict[str, Any]:
+    """There, blocks counted their branches, which are those of the sections."""
+    parts = [
+        {**part, "shaped": part["full"]} if "full" in part else part for part in found["sections"]
+    ]
+    ends: dict[str, list[str]] = {}
+    for part in parts:
+        if part.get("block"):
+            block = part["block"]["name"]
+            ends.setdefault(block, []).append(part["links"][-1]["name"].removeprefix(f"{block}."))
+    for part in parts:
+        block = part.get("block")
+        if block:
+            known = ends[block["name"]]
+            whole = len(known) == block["branches"]
+            part["block"] = {**block, "ends": known} if whole else None
+    return found | {"schema": SCHEMA, "sections": parts}
 
 
 def _well_formed(found: dict[str, Any]) -> bool:

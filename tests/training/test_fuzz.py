@@ -300,6 +300,7 @@ def test_hostile_structures_of_branches(tmp_path):
         '{"schema": ' + "9" * 5000 + "}",
         '{"schema": NaN}',
         '{"schema": 2}',
+        '{"schema": 3}',
         '{"schema": 1}',
         '{"schema": true}',
         '{"schema": [2]}',

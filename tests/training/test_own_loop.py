@@ -18,6 +18,7 @@ from layerprune.ranks import FirstRankFailed
 from layerprune.training import checkpoint
 from layerprune.training.checkpoint import CheckpointError, gated_model, load_model
 from layerprune.training.evaluation import compaction_difference
+from layerprune.training.structure import digest
 
 
 class Mixing(nn.Module):
@@ -287,6 +288,39 @@ def test_first_schema_is_read(tmp_path):
     assert found["inputs"] == [{"shape": [2, 1, 8, 8], "dtype": "float32"}]
     images = torch.randn(2, 1, 8, 8)
     assert verify(gated_model(tmp_path / "c"), plain, [images]) == 0.0
+
+
+class TwoBranches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.again = nn.LayerNorm(4), nn.LayerNorm(4)
+        self.mixer, self.mlp = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x + self.mixer(self.norm(x))
+        return x + self.mlp(self.again(x))
+
+
+def test_second_schema_is_read(tmp_path):
+    """There, a block told how many branches it has, and not which."""
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(TwoBranches(), TwoBranches(), nn.Linear(4, 2))
+
+    model, x = build(), torch.randn(3, 4)
+    pruner = layerprune.LayerPruner(model, example_inputs=x, total_steps=100, strength=1)
+    pruner._eliminate([0, 1, 3], ())
+    layerprune.save(tmp_path / "c", pruner, example_inputs=x, training={})
+    path = tmp_path / "c" / "structure.json"
+    old = json.loads(path.read_text()) | {"schema": 2}
+    for part in old["sections"]:
+        part["several_arguments"], part["full"] = False, part.pop("shaped")
+        part["block"]["branches"] = len(part["block"].pop("ends"))
+    old["checksums"]["structure"] = digest(old)
+    path.write_text(json.dumps(old))
+    plain = load_model(tmp_path / "c", build)[0]
+    assert type(plain[0]) is nn.Identity and plain(x).equal(pruner.strip().eval()(x))
 
 
 SCHEDULES = {
